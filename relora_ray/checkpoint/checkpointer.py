@@ -1,0 +1,259 @@
+"""Saving and resuming a training state: the tensors of a model and its optimizer, and a position.
+
+`save` is called by every rank at the same step; rank 0 commits the manifest after all ranks' objects are
+stored. `resume` restores the newest checkpoint that is whole, in place, and says what was wrong with newer
+ones. Start, crash and restart are one path: the state after 0 updates is saved too.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+
+from relora_ray import __version__
+from relora_ray.checkpoint.manifest import (
+    Counters,
+    Manifest,
+    Part,
+    list_manifests,
+    manifest_path,
+    plan_prune,
+    read_manifest,
+)
+from relora_ray.checkpoint.parts import PartReader, PartWriter, read_index
+from relora_ray.config import CheckpointConfig
+from relora_ray.errors import CheckpointError, ReloraError, StorageError
+from relora_ray.optim import MOMENTS, STATE_NAMES
+from relora_ray.parallel import World, digest
+from relora_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    """Finished updates."""
+    boundary: int = 0
+    """Finished updates at the last boundary."""
+    counters: Counters = field(default_factory=Counters)
+
+
+class Checkpointer:
+    """One attempt's checkpoints of one run. Made by every rank, at the same time."""
+
+    def __init__(
+        self, storage: Storage, cfg: CheckpointConfig, world: World, *, data_fingerprint: str, tokens_per_step: int
+    ) -> None:
+        self._storage, self._cfg, self._world = storage, cfg, world
+        self._data_fingerprint, self._tokens_per_step = data_fingerprint, tokens_per_step
+        self.attempt = self._on_first(lambda: _new_attempt(storage))
+        self._base: Part | None = None
+        self._base_boundary = -1
+
+    def newest(self) -> list[Manifest]:
+        """Readable manifests, newest first, the same list on every rank."""
+
+        def read_all() -> list[Manifest]:
+            manifests = []
+            for step in reversed(list_manifests(self._storage)):
+                try:
+                    manifests.append(read_manifest(self._storage, step))
+                except CheckpointError as error:
+                    logger.warning("the checkpoint at step %d cannot be used: %s", step, error)
+            return manifests
+
+        return self._on_first(read_all)
+
+    def restore(self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]) -> Position:
+        """Copy a checkpoint into `model` and `optimizer` in place (every rank). CheckpointError if it is not
+        whole or does not fit; the tensors are then in an undefined state."""
+        base, delta = split_state(model, optimizer, frozen)
+        if bool(base) != (manifest.base is not None):
+            raise CheckpointError(f"{manifest.path} and the model disagree on whether there are frozen weights.")
+        for part, tensors in ((manifest.base, base), (manifest.delta, delta)):
+            if part is not None:
+                index = self._on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
+                _load_part(self._storage, part, index, tensors, no_dist=self._world.size == 1)
+        state_digest = digest(list((base | delta).values()))
+        self._world.assert_same(state_digest, f"after loading {manifest.path}")
+        if state_digest != manifest.digest:
+            raise CheckpointError(f"{manifest.path} restored to another digest than it was saved with.")
+        self._base, self._base_boundary = manifest.base, manifest.boundary
+        return Position(manifest.step, manifest.boundary, manifest.counters)
+
+    def save(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]) -> tuple[Manifest, bool]:
+        """Store and commit the state at `position` (every rank, same step); prune what is no longer needed.
+
+        Returns the manifest and whether a base was written for it.
+        The base is written only if a boundary changed it since the last checkpoint. StorageError if an object
+        cannot be written: the run can still resume from the checkpoint before.
+        """
+        base, delta = split_state(model, optimizer, frozen)
+        state_digest = digest(list((base | delta).values()))
+        self._world.assert_same(state_digest, f"before the checkpoint at step {position.step}")
+        base_is_new = bool(base) and (self._base is None or self._base_boundary != position.boundary)
+        if base_is_new:
+            self._base = self._store(f"base/step-{position.boundary:08d}-{self.attempt}", base)
+        self._base_boundary = position.boundary
+        manifest = Manifest(
+            step=position.step,
+            tokens=position.step * self._tokens_per_step,
+            boundary=position.boundary,
+            base=self._base,
+            delta=self._store(f"delta/step-{position.step:08d}-{self.attempt}", _without_zeros(delta)),
+            digest=state_digest,
+            counters=position.counters,
+            data_fingerprint=self._data_fingerprint,
+            attempt=self.attempt,
+            world_size=self._world.size,
+            versions=_versions(),
+            unix_time=time.time(),
+        )
+        self._on_first(lambda: self._commit(manifest))
+        return manifest, base_is_new
+
+    def set_aside(self, manifest: Manifest) -> None:
+        """Take a manifest that turned out damaged out of the way of the one that will replace it (rank 0)."""
+        if self._world.is_first:
+            data = self._storage.get(manifest.path)
+            self._storage.put(f"damaged/{manifest.attempt}/{manifest.path}", data)
+            self._storage.delete(manifest.path)
+
+    def _commit(self, manifest: Manifest) -> None:
+        try:
+            self._storage.put_new(manifest.path, manifest.model_dump_json(indent=1).encode())
+        except FileExistsError as error:
+            raise CheckpointError(
+                f"{self._storage.url}/{manifest.path} was committed by somebody else: two drivers are on one run. "
+                f"Stop one of them; this one stops now."
+            ) from error
+        self._prune()
+
+    def _prune(self) -> None:
+        manifests = [read_manifest(self._storage, step) for step in list_manifests(self._storage)]
+        folders = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in self._storage.list(kind)}
+        dropped, unneeded = plan_prune(
+            manifests,
+            folders,
+            keep_last=self._cfg.keep_last,
+            keep_every_steps=self._cfg.keep_every_steps,
+            attempt=self.attempt,
+        )
+        for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
+            self._storage.delete(path)
+
+    def _store(self, folder: str, tensors: Tensors) -> Part:
+        writer = PartWriter(self._storage, folder, self._world.rank)
+        try:
+            dcp.save(tensors, storage_writer=writer, no_dist=self._world.size == 1)
+        except CheckpointException as error:
+            raise _first_cause(error, f"cannot save {folder}") from error
+        part: Part = self._world.broadcast(writer.part)
+        return part
+
+    def _on_first(self, action: Callable[[], T]) -> T:
+        """The result of `action` on rank 0, on every rank; its error is raised on every rank too."""
+        result: Any = None
+        if self._world.is_first:
+            try:
+                result = action()
+            except ReloraError as error:
+                result = error
+        result = self._world.broadcast(result)
+        if isinstance(result, ReloraError):
+            raise result
+        return cast(T, result)
+
+
+def restore_model(storage: Storage, manifest: Manifest, model: nn.Module, frozen: set[str]) -> None:
+    """Copy a checkpoint's weights, without optimizer state, into `model` in place. One process."""
+    for part, tensors in zip((manifest.base, manifest.delta), split_state(model, None, frozen), strict=True):
+        if part is not None:
+            index = {n: e for n, e in read_index(storage, part).items() if not n.startswith("optimizer.")}
+            _load_part(storage, part, index, tensors, no_dist=True)
+
+
+def split_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, frozen: set[str]) -> tuple[Tensors, Tensors]:
+    """All live tensors of a training state as (base, delta), under stable names, sharing their memory.
+
+    `model.<name>` for parameters and persistent buffers, `optimizer.<parameter>.{step,exp_avg,exp_avg_sq}`.
+    """
+    own = {id(t): name for name, t in reversed(list(model.state_dict(keep_vars=True).items()))}
+    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items() if own[id(t)] == name}
+    base = {f"model.{name}": t for name, t in tensors.items() if name in frozen}
+    delta = {f"model.{name}": t for name, t in tensors.items() if name not in frozen}
+    for name, parameter in model.named_parameters():
+        if optimizer is not None and parameter in optimizer.state:
+            delta |= {f"optimizer.{name}.{key}": optimizer.state[parameter][key] for key in STATE_NAMES}
+    return base, delta
+
+
+def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Tensors, *, no_dist: bool) -> None:
+    absent = tensors.keys() - index.keys()
+    if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not n.startswith("optimizer.")}):
+        raise CheckpointError(
+            f"{part.folder} and the model do not have the same tensors: {wrong[0]} and {len(wrong) - 1} more are on one "
+            f"side only. Use the config that the checkpoint was made with."
+        )
+    with torch.no_grad():
+        for name in absent:  # moments that were all zero are not stored
+            tensors[name].zero_()
+    try:
+        dcp.load(
+            {name: tensors[name] for name in sorted(index)},
+            storage_reader=PartReader(storage, part, index),
+            no_dist=no_dist,
+        )
+    except CheckpointException as error:
+        raise _first_cause(error, f"cannot load {part.folder}") from error
+
+
+def _without_zeros(delta: Tensors) -> Tensors:
+    """`delta` less the moments that hold zeros only: right after a start or a reset that is most of them."""
+    moments = [name for name in delta if name.rpartition(".")[2] in MOMENTS and name.startswith("optimizer.")]
+    if not moments:
+        return delta
+    # By bits, so that -0.0 is kept as it is.
+    nonzero = torch.stack([delta[name].view(torch.int32).any() for name in moments]).tolist()
+    empty = {name for name, any_nonzero in zip(moments, nonzero, strict=True) if not any_nonzero}
+    return {name: tensor for name, tensor in delta.items() if name not in empty}
+
+
+def _new_attempt(storage: Storage) -> str:
+    """A name never used before on this run: a number that grows, and random digits."""
+    numbers = [int(m[1]) for path in storage.list("metrics") if (m := re.match(r"metrics/(\d+)-", path))]
+    return f"{max(numbers, default=0) + 1:04d}-{uuid.uuid4().hex[:8]}"
+
+
+def _first_cause(error: CheckpointException, what: str) -> StorageError | CheckpointError:
+    """torch gathers every rank's failure; the first by rank says enough, and keeps its class."""
+    rank, (cause, _) = min(error.failures.items())
+    kind = StorageError if isinstance(cause, StorageError) else CheckpointError
+    return kind(f"{what}: rank {rank}: {cause}")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "relora_ray": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

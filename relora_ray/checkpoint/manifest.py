@@ -1,0 +1,125 @@
+"""The commit record of a checkpoint, and which checkpoints may be deleted.
+
+`manifests/step-00012500.json` names one base (weights that change only at boundaries; none for full-rank
+training) and one delta (all else), with every object's size and checksum. It is written once, after all it
+names is stored. "Checkpoint at s" is the state after everything that belongs to update s - 1, merge included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from relora_ray.errors import CheckpointError
+from relora_ray.storage import Storage
+
+FORMAT = 1
+_NAME = re.compile(r"manifests/step-(\d{8,})\.json")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredObject(_Record):
+    path: str
+    """Relative to the part's folder."""
+    size_bytes: int
+    sha256: str
+
+
+class Part(_Record):
+    """A base or a delta: a folder of objects that are never overwritten."""
+
+    folder: str
+    """Relative to the run, such as delta/step-00012500-0003-1f2e3d4c."""
+    objects: tuple[StoredObject, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(o.size_bytes for o in self.objects)
+
+
+class Counters(_Record):
+    """What a run counts besides steps. Part of the state: a resumed run goes on counting."""
+
+    skipped_steps: int = 0
+    """Steps skipped for a loss or gradient that is not finite."""
+    skipped_in_a_row: int = 0
+    merges: int = 0
+
+
+class Manifest(_Record):
+    format: int = FORMAT
+    step: int
+    """Finished updates; training goes on with the update of this number."""
+    tokens: int
+    boundary: int
+    """Finished updates at the last boundary: the age of the base."""
+    base: Part | None
+    delta: Part
+    digest: int
+    """Of the whole training state: equal states have equal digests."""
+    counters: Counters
+    data_fingerprint: str
+    attempt: str
+    world_size: int
+    versions: dict[str, str]
+    unix_time: float
+
+    @property
+    def path(self) -> str:
+        return manifest_path(self.step)
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.delta] if self.base is None else [self.base, self.delta]
+
+
+def manifest_path(step: int) -> str:
+    return f"manifests/step-{step:08d}.json"
+
+
+def list_manifests(storage: Storage) -> list[int]:
+    """Steps of all committed checkpoints, ascending."""
+    return sorted(int(m[1]) for path in storage.list("manifests") if (m := _NAME.fullmatch(path)))
+
+
+def read_manifest(storage: Storage, step: int) -> Manifest:
+    path = manifest_path(step)
+    try:
+        manifest = Manifest.model_validate_json(storage.get(path))
+    except ValidationError as error:
+        raise CheckpointError(f"{storage.url}/{path} is not a readable manifest: {error.errors()[0]['msg']}") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(
+            f"{storage.url}/{path} has format {manifest.format}; this version reads {FORMAT}. Use the version that "
+            f"wrote it ({manifest.versions.get('relora_ray')})."
+        )
+    return manifest
+
+
+def newest_manifest(storage: Storage) -> Manifest | None:
+    steps = list_manifests(storage)
+    return read_manifest(storage, steps[-1]) if steps else None
+
+
+def plan_prune(
+    manifests: Iterable[Manifest], folders: Collection[str], *, keep_last: int, keep_every_steps: int, attempt: str
+) -> tuple[list[Manifest], list[str]]:
+    """Which manifests and part folders may be deleted: a pure function.
+
+    Kept are the newest `keep_last` manifests, those at multiples of `keep_every_steps`, and every folder that a
+    kept manifest names. Folders of `attempt`, which may be under way, are kept too unless a deleted manifest
+    named them; folders of earlier attempts that no manifest names were left behind by a crash and go.
+    """
+    ordered = sorted(manifests, key=lambda m: m.step)
+    newest = {m.step for m in ordered[-keep_last:]}
+    kept = [m for m in ordered if m.step in newest or (keep_every_steps and m.step % keep_every_steps == 0)]
+    dropped = [m for m in ordered if m not in kept]
+    needed = {part.folder for m in kept for part in m.parts}
+    released = {part.folder for m in dropped for part in m.parts}
+    unneeded = [f for f in sorted(folders) if f not in needed and (f in released or not f.endswith(f"-{attempt}"))]
+    return dropped, unneeded

@@ -1,0 +1,507 @@
+"""Every config class on one page. One YAML is one run; the command line overrides keys and adds none.
+
+`load_config("configs/quickstart.yaml", ["steps=300"])` returns a frozen, fully checked `RunConfig` or raises
+one `ConfigError` that lists every problem with key, value, rule and fix. No torch and no Ray is imported
+here: a typo costs well under a second.
+
+Steps count optimizer updates, from 0. "After step s" and every `*_steps` value count finished updates.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from relora_ray.errors import ConfigError
+from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    size: str = ""
+    """A reference LLaMA size: 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b or 7b."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Width of the residual stream; overrides `size`."""
+    intermediate_size: int | None = Field(None, gt=0)
+    """Inner width of the feed-forward layers; overrides `size`."""
+    num_layers: int | None = Field(None, gt=0)
+    """Transformer blocks; overrides `size`."""
+    num_heads: int | None = Field(None, gt=0)
+    """Attention heads; must divide `hidden_size`; overrides `size`."""
+    vocab_size: int | None = Field(None, gt=0)
+    """Rows of the embedding. Default: 32100 for LLaMA sizes, its own for `huggingface`."""
+    tie_embeddings: bool = False
+    """Share the embedding with the output head (LLaMA sizes only; `huggingface` brings its own choice)."""
+    huggingface: str = ""
+    """Instead of a size: a Hugging Face folder, `config.json` or hub name that gives the architecture of any
+    causal language model. Its weights are not read: see `init_from`."""
+    init_from: str = ""
+    """Weights to start from: a Hugging Face folder, or a run's folder (`RUN` for its newest checkpoint,
+    `RUN@STEP` for a named one). Optimizer state is not taken over. Empty: a seeded random start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        dims = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
+        given = [name for name in dims if getattr(self, name) is not None]
+        if self.huggingface:
+            taken = given + (["size"] if self.size else []) + (["tie_embeddings"] if self.tie_embeddings else [])
+            if taken:
+                raise ValueError(
+                    f"model.{taken[0]}={getattr(self, taken[0])!r} is given together with "
+                    f"model.huggingface={self.huggingface!r}, which decides it. Remove one of the two."
+                )
+            return self
+        if self.size and self.size not in LLAMA_SIZES:
+            raise ValueError(
+                f"model.size={self.size!r} is not one of {', '.join(LLAMA_SIZES)}."
+                f"{_nearest(self.size, list(LLAMA_SIZES))}"
+            )
+        if not self.size and len(given) < len(dims):
+            missing = [name for name in dims if name not in given]
+            raise ValueError(
+                f"model.{missing[0]} is missing: without model.size or model.huggingface all of "
+                f"{', '.join(dims)} are needed. Set model.size to one of {', '.join(LLAMA_SIZES)}, or set them."
+            )
+        llama = self.llama
+        assert llama is not None
+        if llama.hidden_size % llama.num_heads or (llama.hidden_size // llama.num_heads) % 2:
+            raise ValueError(
+                f"model.hidden_size={llama.hidden_size} with model.num_heads={llama.num_heads}: the width of a "
+                f"head, hidden_size / num_heads, must be a whole, even number (rotary embedding). "
+                f"Change one of the two."
+            )
+        return self
+
+    @property
+    def llama(self) -> LlamaSize | None:
+        """The LLaMA dimensions with overrides applied, or None for a `huggingface` architecture."""
+        if self.huggingface:
+            return None
+        known = LLAMA_SIZES[self.size] if self.size else LlamaSize(0, 0, 0, 0)
+        return LlamaSize(
+            self.hidden_size or known.hidden_size,
+            self.intermediate_size or known.intermediate_size,
+            self.num_layers or known.num_layers,
+            self.num_heads or known.num_heads,
+            known.max_positions,
+        )
+
+    @property
+    def llama_vocab_size(self) -> int:
+        return self.vocab_size or DEFAULT_VOCAB_SIZE
+
+
+class DataConfig(Section):
+    path: str = Field(min_length=1)
+    """Folder or URL written by `python -m relora_ray.data.prepare`."""
+    seq_len: int = Field(512, gt=0)
+    """Tokens a row feeds to the model; each is also predicted once (a row reads one token more)."""
+    fingerprint: str = ""
+    """Expected fingerprint of the data; empty: whatever is there at the first start, fixed from then on."""
+
+
+class ResetConfig(Section):
+    """What a merge does to the Adam state of the adapters. m and v share one mask (the reference draws two)."""
+
+    kind: Literal["zero", "magnitude", "random", "none"] = "zero"
+    """zero: all of m and v. magnitude: all but the largest `1 - ratio` by |m|. random: a keyed random `ratio`.
+    none: keep everything (for ablations)."""
+    ratio: float = Field(0.95, gt=0, lt=1)
+    """Share of entries that magnitude and random prune."""
+    adam_step: Literal["reset", "keep"] = "reset"
+    """Adam's bias-correction counter of the adapters. reset: starts again at 0, so the first updates are
+    corrected and stay near the learning rate. keep: as published; with beta2 = 0.999 an entry with fresh
+    moments then moves up to (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate at once and
+    6.6 times within 12 steps."""
+
+
+class FullConfig(Section):
+    kind: Literal["full"] = "full"
+    """Full-rank training: every weight is trained."""
+
+
+class LoraConfig(Section):
+    kind: Literal["lora"] = "lora"
+    """LoRA pre-training: adapters on frozen weights, never merged during training."""
+    lora_rank: int = Field(128, gt=0)
+    """Inner dimension of the adapters."""
+    alpha: float = Field(32.0, gt=0)
+    """Adapters are scaled by alpha / lora_rank (rsLoRA: alpha / sqrt(lora_rank))."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(lora_rank) (Kalajdzievski 2023)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    trainable_scaling: bool = False
+    """Learn one factor per layer on top of the scale; 1 at the start and again after every merge."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers of the transformer blocks get adapters: all of them, or these last path segments.
+    A name that matches nothing is an error."""
+    warm_start_steps: int = Field(0, ge=0)
+    """Full-rank updates before the adapters are put in, inside the same run."""
+    warm_start_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate during the warm start, relative to the schedule's. The reference warms up at 5e-4 and
+    trains ReLoRA at 1e-3: 0.5."""
+
+
+class ReloraConfig(LoraConfig):
+    kind: Literal["relora"] = "relora"  # type: ignore[assignment]
+    """ReLoRA (Lialin et al. 2023): merge and redraw the adapters every `merge_every_steps`."""
+    merge_every_steps: int = Field(gt=0)
+    """Updates in a cycle, counted from the end of the warm start."""
+    reset: ResetConfig = ResetConfig()
+
+
+MethodConfig = Annotated[Union[FullConfig, LoraConfig, ReloraConfig], Field(discriminator="kind")]
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate. ReLoRA wants about twice that of full-rank training."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay of every trained matrix (not of norms, biases and scalars)."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine", "cosine_cycles", "jagged_cosine"] = "cosine"
+    """jagged_cosine: one cosine over the run; at each restart the rate falls to 0 and climbs linearly back to
+    where the cosine then is. cosine_cycles: a whole cosine per cycle. All begin with `warmup_steps`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear climb from 0 at the start of the run."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Where the decay ends, relative to the peak (linear, cosine, cosine_cycles, jagged_cosine)."""
+    restart_every_steps: int | None = Field(None, gt=0)
+    """Restart period of jagged_cosine and cosine_cycles. Default: method.merge_every_steps."""
+    restart_warmup_steps: int = Field(0, ge=0)
+    """Linear climb after each restart."""
+
+
+class TrainConfig(Section):
+    micro_batch_rows: int = Field(gt=0)
+    """Rows one worker puts through the model at once. Changes speed and memory, not the result."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
+    compile: bool = False
+    """torch.compile the model."""
+    max_nonfinite_steps: int = Field(10, ge=0)
+    """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row end
+    the run. Schedule, boundaries and data do not shift."""
+    log_every_steps: int = Field(10, gt=0)
+    eval_every_steps: int = Field(0, ge=0)
+    """Evaluate after every so many updates, besides the start, the end of the warm start and the end of the
+    run; 0: only those."""
+    eval_rows: int = Field(256, gt=0)
+    """Validation rows per evaluation: the first so many, the same at any world size."""
+    eval_micro_batch_rows: int = Field(0, ge=0)
+    """Rows per forward pass in evaluation; 0: micro_batch_rows."""
+
+
+class CheckpointConfig(Section):
+    save_every_steps: int = Field(gt=0)
+    """Save after every so many updates, besides the start, every boundary and the end."""
+    keep_last: int = Field(3, gt=0)
+    """Checkpoints to keep, newest first. A base that a kept delta needs is kept too."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Also keep every checkpoint at a multiple of this; 0: none."""
+
+
+class ClusterConfig(Section):
+    workers: int = Field(1, gt=0)
+    """Training processes (data-parallel ranks)."""
+    cpus_per_worker: int = Field(1, gt=0)
+    """Whole CPUs reserved per worker, and its number of compute threads."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs per worker; 0 trains on the CPU with gloo."""
+    max_failures: int = Field(100, ge=-1)
+    """Worker-group restarts before the run gives up; -1: never."""
+    collective_timeout_s: int = Field(600, gt=0)
+    """A collective operation that takes longer fails the attempt."""
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder under `storage`."""
+    storage: str = Field("runs", min_length=1)
+    """Folder or URL under which runs live."""
+    seed: int = Field(0, ge=0)
+    steps: int = Field(gt=0)
+    """Optimizer updates in the whole run, warm start included."""
+    global_batch_rows: int = Field(gt=0)
+    """Rows per update over all workers, at any world size."""
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secrets(cls, value: str) -> str:
+        if "@" in value.partition("://")[2]:
+            raise ValueError("storage must not carry credentials in its URL. Use the usual environment variables.")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        problems = [*_batch_problems(self), *_cycle_problems(self), *_schedule_problems(self), *_rank_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def warm_start_steps(self) -> int:
+        return 0 if isinstance(self.method, FullConfig) else self.method.warm_start_steps
+
+    @property
+    def merge_every_steps(self) -> int | None:
+        return self.method.merge_every_steps if isinstance(self.method, ReloraConfig) else None
+
+    @property
+    def restart_every_steps(self) -> int | None:
+        return self.schedule.restart_every_steps or self.merge_every_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_rows * self.data.seq_len
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result, flattened to dotted keys.
+
+        Two attempts of one run must agree on these; everything else (workers, micro-batch, cadences, where
+        things lie) may change between attempts. `data.fingerprint` stands for the data, not its path.
+        """
+        return {k: v for k, v in flatten(self.model_dump(mode="json")).items() if not k.startswith(_OPERATIONAL)}
+
+
+_OPERATIONAL = (
+    "name", "storage", "data.path", "checkpoint.", "cluster.",
+    "train.micro_batch_rows", "train.log_every_steps", "train.eval_", "train.compile",
+)  # fmt: skip
+
+
+def _batch_problems(cfg: RunConfig) -> list[str]:
+    rows, micro = cfg.global_batch_rows, cfg.train.micro_batch_rows
+    if rows % micro:
+        fits = [d for d in range(1, rows + 1) if rows % d == 0]
+        near = min(fits, key=lambda d: abs(d - micro))
+        return [
+            f"global_batch_rows={rows} is not a multiple of train.micro_batch_rows={micro}. A global batch is made "
+            f"of whole micro-batches: use train.micro_batch_rows={near} or global_batch_rows={-(-rows // micro) * micro}."
+        ]
+    return []
+
+
+def _cycle_problems(cfg: RunConfig) -> list[str]:
+    warm, merge = cfg.warm_start_steps, cfg.merge_every_steps
+    if warm >= cfg.steps:
+        return [
+            f"method.warm_start_steps={warm} is not less than steps={cfg.steps}: nothing would be left for "
+            f"{cfg.method.kind}. Raise steps or shorten the warm start."
+        ]
+    if merge and (cfg.steps - warm) % merge:
+        cycles = max(1, round((cfg.steps - warm) / merge))
+        return [
+            f"method.merge_every_steps={merge} does not divide the {cfg.steps - warm} steps that follow the warm "
+            f"start (steps={cfg.steps} - method.warm_start_steps={warm}). Cycles must be whole: use "
+            f"steps={warm + cycles * merge}, or another cycle length."
+        ]
+    return []
+
+
+def _schedule_problems(cfg: RunConfig) -> list[str]:
+    sched, every, merge = cfg.schedule, cfg.restart_every_steps, cfg.merge_every_steps
+    if sched.kind not in ("jagged_cosine", "cosine_cycles"):
+        if sched.restart_every_steps or sched.restart_warmup_steps:
+            return [
+                f"schedule.restart_every_steps={sched.restart_every_steps} and schedule.restart_warmup_steps="
+                f"{sched.restart_warmup_steps} have no effect with schedule.kind={sched.kind}. Use jagged_cosine or "
+                f"cosine_cycles, or remove them."
+            ]
+        if sched.warmup_steps > cfg.steps:
+            return [f"schedule.warmup_steps={sched.warmup_steps} is more than steps={cfg.steps}. Shorten the warm-up."]
+        return []
+    if every is None:
+        return [f"schedule.kind={sched.kind} restarts, but schedule.restart_every_steps is not set. Set it."]
+    problems = []
+    first = cfg.warm_start_steps or every
+    if sched.kind == "cosine_cycles" and (cfg.steps - cfg.warm_start_steps) % every:
+        problems.append(
+            f"schedule.restart_every_steps={every} does not divide the {cfg.steps - cfg.warm_start_steps} steps that "
+            f"follow the warm start. Cycles must be whole: change it or steps."
+        )
+    if merge and every % merge:
+        fits = sorted({(every // merge) * merge or merge, -(-every // merge) * merge})
+        problems.append(
+            f"schedule.restart_every_steps={every} is not a multiple of method.merge_every_steps={merge}. "
+            f"LR restarts must fall on merges: use {' or '.join(map(str, fits))}, or change method.merge_every_steps."
+        )
+    if sched.warmup_steps > first:
+        problems.append(
+            f"schedule.warmup_steps={sched.warmup_steps} is longer than the {first} steps before the first restart. "
+            f"Shorten the warm-up or restart later."
+        )
+    if sched.restart_warmup_steps >= every:
+        problems.append(
+            f"schedule.restart_warmup_steps={sched.restart_warmup_steps} is not less than the {every} steps between "
+            f"restarts. Shorten it, or set schedule.restart_every_steps higher."
+        )
+    return problems
+
+
+def _rank_problems(cfg: RunConfig) -> list[str]:
+    method, llama = cfg.method, cfg.model.llama
+    if isinstance(method, FullConfig) or llama is None:
+        return []
+    problems = []
+    names = LLAMA_LINEARS if method.target_modules == "all-linear" else method.target_modules
+    for name in names:
+        if name not in LLAMA_LINEARS:
+            problems.append(
+                f"method.target_modules has {name!r}, which matches no linear layer of a LLaMA block "
+                f"({', '.join(LLAMA_LINEARS)}).{_nearest(name, list(LLAMA_LINEARS))}"
+            )
+    smaller_side = min(llama.hidden_size, llama.intermediate_size) if names else llama.hidden_size
+    if method.lora_rank > smaller_side:
+        problems.append(
+            f"method.lora_rank={method.lora_rank} is more than {smaller_side}, the smaller side of the smallest "
+            f"wrapped layer. Use a rank of at most {smaller_side}; well below it for any saving."
+        )
+    if not names:
+        problems.append("method.target_modules is empty. Name at least one layer, or use all-linear.")
+    return problems
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The validated config in `path` with `key=value` overrides applied. Raises ConfigError."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}. Give a YAML file.") from error
+    return parse_config(text, overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> RunConfig:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} holds {type(raw).__name__}, not a mapping of sections. See configs/quickstart.yaml.")
+    for item in overrides or []:
+        _apply_override(raw, item)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for detail in error.errors() for line in _explain(detail)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    dotted, equals, value = item.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {item!r} is not of the form key=value, for example steps=300.")
+    *sections, name = dotted.split(".")
+    node = raw
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {item!r}: {section!r} is a value, not a section.")
+        node = child
+    try:
+        node[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not valid YAML: {error}") from error
+
+
+def _explain(detail: Any) -> list[str]:
+    """One pydantic error as lines of key, value, rule and fix."""
+    loc = [str(part) for part in detail["loc"]]
+    # A tagged union adds its tag to the location: ("method", "relora", "lora_rank").
+    keys = [part for i, part in enumerate(loc) if not (i == 1 and loc[0] == "method" and part in _METHOD_KINDS)]
+    dotted = ".".join(keys)
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" and not (keys and message.startswith("storage")):
+        return message.splitlines()
+    section = _section_at(loc[:-1])
+    if detail["type"] == "extra_forbidden":
+        known = list(section.model_fields) if section else []
+        return [f"unknown key {dotted}={detail['input']!r}.{_nearest(keys[-1], known)} Known here: {', '.join(known)}."]
+    field = section.model_fields.get(keys[-1]) if section and keys else None
+    doc = " ".join((field.description or "").split()) if field else ""
+    if detail["type"] == "missing":
+        return [f"{dotted} is missing: it has no default. Set {dotted}=...{'  ' + doc if doc else ''}"]
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
+        return [
+            f"{dotted}.kind={given!r} is not a method. Use one of {', '.join(_METHOD_KINDS)}."
+            f"{_nearest(str(given), list(_METHOD_KINDS))}"
+        ]
+    return [f"{dotted}={detail['input']!r}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
+
+
+_METHOD_KINDS = {"full": FullConfig, "lora": LoraConfig, "relora": ReloraConfig}
+
+
+def _section_at(loc: list[str]) -> type[Section] | None:
+    """The config class at a location, or None where the path leaves the known classes."""
+    section: type[Section] = RunConfig
+    for part in loc:
+        if part in _METHOD_KINDS and section is RunConfig:
+            section = _METHOD_KINDS[part]
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        if part == "method":
+            continue
+        found = [t for t in _types_in(field.annotation) if isinstance(t, type) and issubclass(t, Section)]
+        if not found:
+            return None
+        section = found[0]
+    return section
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return list(get_args(annotation))
+    return [annotation]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,162 @@
+"""A prepared dataset: fixed-length token shards, an index and a fingerprint.
+
+    index.json                 tokenizer, splits, shards with sizes and checksums; the fingerprint of all that
+    tokenizer/                 the tokenizer, as a Hugging Face folder
+    train-00000.npy ...        one-dimensional uint16 or uint32; every shard but the last of a split is equally long
+    validation-00000.npy ...
+
+A split is one stream of packed documents, each followed by the end token. Row i of length L reads stream
+positions i*L .. i*L + L (L + 1 tokens): L inputs, each followed by its target, no token wasted or repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from relora_ray.errors import DataError, StorageError
+from relora_ray.storage import Storage
+
+FORMAT = 1
+Split = Literal["train", "validation"]
+Tokens = npt.NDArray[Any]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
+    file: str
+    num_tokens: int
+    sha256: str
+
+
+class SplitIndex(_Record):
+    num_documents: int
+    num_tokens: int
+    shard_tokens: int
+    """Length of every shard but the last."""
+    shards: tuple[Shard, ...]
+
+
+class DataIndex(_Record):
+    format: int = FORMAT
+    vocab_size: int
+    """Number of token ids of the tokenizer: a model needs at least as many embedding rows."""
+    end_token_id: int
+    tokenizer_sha256: str
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[Split, SplitIndex]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any token, with the tokenizer and with the split."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def read_index(storage: Storage) -> DataIndex:
+    """DataError if there is no dataset, or none that this version reads."""
+    try:
+        raw = json.loads(storage.get("index.json"))
+    except StorageError as error:
+        raise DataError(
+            f"data.path={storage.url!r} has no readable index.json: {error} Write the data there first: "
+            f"python -m relora_ray.data.prepare TEXT --out {storage.url} --tokenizer TOKENIZER."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{storage.url}/index.json is not JSON ({error}). Prepare the data again.") from error
+    recorded = raw.pop("fingerprint", None) if isinstance(raw, dict) else None
+    try:
+        index = DataIndex.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DataError(f"{storage.url}/index.json: {problem['loc']}: {problem['msg']}. Prepare the data again.") from error
+    if index.fingerprint != recorded:
+        raise DataError(f"{storage.url}/index.json was changed: its fingerprint is not {recorded}. Prepare again.")
+    return index
+
+
+def write_index(storage: Storage, index: DataIndex) -> None:
+    storage.put("index.json", json.dumps({**index.model_dump(), "fingerprint": index.fingerprint}, indent=1).encode())
+
+
+class TokenRows:
+    """Rows of one split. Local shards are memory-mapped; remote ones are copied to a local folder when first
+    touched (once per process)."""
+
+    def __init__(self, storage: Storage, index: DataIndex, split: Split, seq_len: int) -> None:
+        self._storage, self._split, self._seq_len = storage, index.splits[split], seq_len
+        self._arrays: dict[int, Tokens] = {}
+        self.num_rows = max(0, (self._split.num_tokens - 1) // seq_len)
+        if not self.num_rows:
+            raise DataError(
+                f"the {split} split of {storage.url} has {self._split.num_tokens:,} tokens, not enough for one row of "
+                f"data.seq_len={seq_len}. Use more text or a shorter row."
+            )
+
+    def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of the given rows, shape (len(rows), seq_len + 1)."""
+        return np.stack([self._slice(int(row) * self._seq_len, self._seq_len + 1) for row in rows]).astype(np.int64)
+
+    def _slice(self, start: int, length: int) -> Tokens:
+        pieces = []
+        while length > 0:
+            shard, offset = divmod(start, self._split.shard_tokens)
+            piece = self._array(shard)[offset : offset + length]
+            pieces.append(piece)
+            start, length = start + len(piece), length - len(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _array(self, number: int) -> Tokens:
+        if number not in self._arrays:
+            shard = self._split.shards[number]
+            array = self._open(shard)
+            if array.shape != (shard.num_tokens,):
+                raise DataError(
+                    f"{self._storage.url}/{shard.file} holds {array.shape} tokens; the index says {shard.num_tokens:,}. "
+                    f"Prepare the data again."
+                )
+            self._arrays[number] = array
+        return self._arrays[number]
+
+    def _open(self, shard: Shard) -> Tokens:
+        if self._storage.is_local:
+            path = f"{self._storage.url}/{shard.file}"
+        else:
+            path = os.path.join(self._cache, shard.file)
+            with open(path, "wb") as file:
+                file.write(read_shard(self._storage, shard))
+        try:
+            array: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Prepare the data again.") from error
+        return array
+
+    @cached_property
+    def _cache(self) -> str:
+        self._folder = tempfile.TemporaryDirectory(prefix="relora-ray-tokens-")
+        return self._folder.name
+
+
+def read_shard(storage: Storage, shard: Shard) -> bytes:
+    """A shard's bytes, checked against the index."""
+    data = storage.get(shard.file)
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise DataError(f"{storage.url}/{shard.file} is damaged: its SHA-256 is not the index's. Prepare again.")
+    return data
+
+
+def shard_bytes(tokens: Tokens) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, tokens, allow_pickle=False)
+    return buffer.getvalue()

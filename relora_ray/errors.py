@@ -1,0 +1,37 @@
+"""Errors that a user or an operator can cause.
+
+Each message says what happened, the value, the rule and the fix. Restarting workers does not help against
+any of them, so the driver stops the run instead of retrying. Bugs of our own are `assert`s.
+"""
+
+
+class ReloraError(Exception):
+    """Base of every error below."""
+
+
+class ConfigError(ReloraError):
+    """A config, override or run folder that does not fit."""
+
+
+class DataError(ReloraError):
+    """Missing, damaged or unsuitable training data or tokenizer."""
+
+
+class StorageError(ReloraError):
+    """An object could not be read or written."""
+
+
+class CheckpointError(ReloraError):
+    """A checkpoint that is missing, damaged or does not fit the model."""
+
+
+class NonFiniteError(ReloraError):
+    """Too many steps in a row with a loss or gradient that is not finite."""
+
+
+class RanksDisagreeError(ReloraError):
+    """Replicas that must be equal are not: silent corruption, or a bug."""
+
+
+class NotMergeableError(ReloraError):
+    """A method whose weights cannot be written as one dense model."""

@@ -1,0 +1,370 @@
+"""The training loop. No Ray here: a world of ranks, a config, and storage.
+
+`run_attempt` is one life of a worker group: build, resume from the newest checkpoint, train to the end,
+export. All ranks call it with equal arguments. `train` is the loop proper, meant to be read in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from relora_ray.checkpoint import Checkpointer, Manifest, Position
+from relora_ray.checkpoint.manifest import Counters
+from relora_ray.config import RunConfig
+from relora_ray.data.loader import BatchSource, MicroBatch
+from relora_ray.data.tokens import TokenRows
+from relora_ray.errors import CheckpointError, NonFiniteError
+from relora_ray.keyed import key
+from relora_ray.methods import BoundaryReport, Method, build_method
+from relora_ray.metrics import MetricsLog, Record, StepTimer
+from relora_ray.model import build_model, num_parameters
+from relora_ray.optim import trainable
+from relora_ray.parallel import World, digest
+from relora_ray.runs import export_model, new_model, open_data, run_storage
+from relora_ray.schedule import lr_multiplier
+from relora_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+OnRecord = Callable[[Record], None]
+
+
+@dataclass
+class TrainState:
+    """What a run is between two steps."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    position: Position
+
+
+@dataclass(frozen=True)
+class Data:
+    train: BatchSource
+    validation: BatchSource
+
+
+def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = None) -> TrainState:
+    """Bring the run from its newest checkpoint to its end; returns the final state.
+
+    `on_record` sees every metrics record on every rank. Safe to call again on a finished run: it then
+    only writes the export that may be missing.
+    """
+    storage = run_storage(cfg)
+    method = build_method(cfg)
+    data = open_batches(cfg, world)
+    checkpointer = Checkpointer(
+        storage,
+        cfg.checkpoint,
+        world,
+        data_fingerprint=open_data(cfg).fingerprint,
+        tokens_per_step=cfg.tokens_per_step,
+    )
+    log = MetricsLog(storage, checkpointer.attempt) if world.is_first else None
+
+    def emit(record: Record) -> None:
+        if log is not None:
+            log.write(record)
+            if record["kind"] != "train":
+                log.flush()
+        if on_record is not None:
+            on_record(record)
+
+    try:
+        state, saved = resume(cfg, method, checkpointer, world)
+        emit(_attempt_record(cfg, state, checkpointer, world))
+        train(cfg, world, method, state, data, checkpointer, emit, already_saved=saved)
+        if world.is_first:
+            _export_if_missing(cfg, method, state, storage)
+        emit({"kind": "end", "step": state.position.step, "skipped_steps": state.position.counters.skipped_steps})
+    finally:
+        if log is not None:
+            log.flush()
+    return state
+
+
+def train(
+    cfg: RunConfig,
+    world: World,
+    method: Method,
+    state: TrainState,
+    data: Data,
+    checkpointer: Checkpointer,
+    emit: OnRecord,
+    *,
+    already_saved: bool,
+) -> None:
+    """Updates `state.position.step` .. `cfg.steps - 1`, in place. Every rank."""
+
+    def record_eval() -> None:
+        emit(evaluate(cfg, world, state, data.validation))
+
+    def save() -> None:
+        emit(_save(checkpointer, method, state))
+
+    if not already_saved:  # the start is a checkpoint like any other
+        record_eval()
+        save()
+    if state.position.step < cfg.steps:
+        wrapped = _wrap(cfg, world, state, data)
+    timer = StepTimer()
+
+    for step in range(state.position.step, cfg.steps):
+        began = time.perf_counter()
+        done = step + 1
+        learning_rate = cfg.optimizer.learning_rate * lr_multiplier(step, cfg)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        loss = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step)
+        grad_norm = _clip(state.model, cfg.optimizer.grad_clip)
+        # Loss and gradients are reduced: every rank sees the same numbers and takes the same branch.
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.position = replace(state.position, step=done, counters=_count(cfg, state.position.counters, finite, done))
+        timer.add(time.perf_counter() - began)
+
+        emit(_train_record(cfg, method, state, loss, grad_norm, learning_rate, timer))
+
+        if method.is_boundary(done):
+            report, record = _cross_boundary(world, method, state, done)
+            emit(record)
+            if report.new_parameters:
+                wrapped = _wrap(cfg, world, state, data)
+        if _eval_due(cfg, done):
+            record_eval()
+        if _save_due(cfg, method, done):
+            save()
+
+
+def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource) -> Record:
+    """Loss per token on the first `eval_rows` validation rows: the same rows at any world size. Every rank."""
+    model = state.model.eval()
+    began = time.perf_counter()
+    total, num_rows = 0.0, 0.0
+    with torch.no_grad():
+        for batch in validation.first_rows(cfg.train.eval_rows):
+            total += float(_loss_sum(cfg, model, batch))
+            num_rows += float(batch.weights.sum())
+    model.train()
+    total, num_rows = world.sum(total, num_rows)
+    tokens = num_rows * cfg.data.seq_len
+    loss = total / tokens
+    return {
+        "kind": "eval",
+        "step": state.position.step,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": int(tokens),
+        "eval_s": time.perf_counter() - began,
+    }
+
+
+def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World) -> tuple[TrainState, bool]:
+    """The state of the newest checkpoint that is whole, or a new one; and whether it is saved already.
+
+    A newer checkpoint that is damaged is set aside with its reason; CheckpointError if none is whole.
+    """
+    rejected: list[tuple[Manifest, CheckpointError]] = []
+    for manifest in checkpointer.newest():
+        state = _build(cfg, method, world, manifest.step)
+        try:
+            state.position = checkpointer.restore(
+                manifest, state.model, state.optimizer, method.frozen_names(state.model)
+            )
+        except CheckpointError as error:
+            rejected.append((manifest, error))
+            continue
+        for damaged, reason in rejected:
+            logger.warning("the checkpoint at step %d is set aside: %s", damaged.step, reason)
+            checkpointer.set_aside(damaged)
+        logger.info("resuming after step %d", manifest.step)
+        return state, True
+    if rejected:
+        raise CheckpointError(
+            f"none of the {len(rejected)} checkpoints is whole; the newest: {rejected[0][1]} Nothing was changed. "
+            f"Restore the files, or set another name to start again."
+        )
+    state = _build(cfg, method, world, 0)
+    world.assert_same(digest([p.detach() for p in state.model.parameters()]), "at the start")
+    return state, False
+
+
+def open_batches(cfg: RunConfig, world: World) -> Data:
+    storage, index = Storage(cfg.data.path), open_data(cfg)
+    micro = cfg.train.micro_batch_rows
+
+    def source(split: Any, micro_batch_rows: int) -> BatchSource:
+        rows = TokenRows(storage, index, split, cfg.data.seq_len)
+        return BatchSource(
+            rows, world, global_batch_rows=cfg.global_batch_rows, micro_batch_rows=micro_batch_rows, seed=cfg.seed
+        )
+
+    return Data(source("train", micro), source("validation", cfg.train.eval_micro_batch_rows or micro))
+
+
+def _build(cfg: RunConfig, method: Method, world: World, step: int) -> TrainState:
+    """Model and optimizer with the structure they have after `step` updates; tensors are yet to be restored."""
+    model = new_model(cfg) if step == 0 else build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    method.adapt(model, step)
+    model.to(world.device)
+    return TrainState(model, method.build_optimizer(model), Position(step=step))
+
+
+def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Module:
+    model = torch.compile(state.model) if cfg.train.compile else state.model
+    assert isinstance(model, nn.Module)
+    batch = data.train.step(state.position.step)[0]
+    return world.wrap(model, warm_up=lambda wrapped: _loss_sum(cfg, wrapped, batch))
+
+
+def _accumulate_gradients(
+    cfg: RunConfig, world: World, wrapped: nn.Module, batches: list[MicroBatch], step: int
+) -> float:
+    """Gradient of the mean loss over the global batch, reduced over ranks; returns that loss.
+
+    Each micro-batch contributes its summed loss over the global number of tokens, so the gradient does not
+    depend on how rows fall to micro-batches and ranks. DDP divides by the world size; the factor undoes it.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(key(cfg.seed, "dropout", step, world.rank, number))
+        with world.sync_gradients(wrapped, now=number == len(batches) - 1):
+            loss_sum = _loss_sum(cfg, wrapped, batch)
+            (loss_sum * (world.size / cfg.tokens_per_step)).backward()
+        total += loss_sum.detach().double().cpu()
+    return world.sum(float(total))[0] / cfg.tokens_per_step
+
+
+def _loss_sum(cfg: RunConfig, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Cross-entropy summed over the tokens of the rows that count, in fp32."""
+    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
+        logits = model(input_ids=batch.inputs).logits
+    per_token = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none")
+    return (per_token.view(batch.targets.shape).sum(1) * batch.weights).sum()
+
+
+def _clip(model: nn.Module, grad_clip: float) -> float:
+    """Clip in place; returns the global norm before."""
+    limit = grad_clip or math.inf
+    return float(torch.nn.utils.clip_grad_norm_(trainable(model), limit))
+
+
+def _count(cfg: RunConfig, counters: Counters, finite: bool, done: int) -> Counters:
+    if finite:
+        return counters.model_copy(update={"skipped_in_a_row": 0})
+    in_a_row = counters.skipped_in_a_row + 1
+    logger.warning("step %d skipped: loss or gradient is not finite (%d in a row)", done - 1, in_a_row)
+    if in_a_row > cfg.train.max_nonfinite_steps:
+        raise NonFiniteError(
+            f"{in_a_row} steps in a row, up to step {done - 1}, had a loss or gradient that is not finite; "
+            f"train.max_nonfinite_steps={cfg.train.max_nonfinite_steps} allows no more. Lower optimizer.learning_rate, "
+            f"lengthen the warm-up, or look at the data of these steps."
+        )
+    return counters.model_copy(
+        update={"skipped_steps": counters.skipped_steps + 1, "skipped_in_a_row": in_a_row}
+    )
+
+
+def _cross_boundary(
+    world: World, method: Method, state: TrainState, done: int
+) -> tuple[BoundaryReport, Record]:
+    """Do the boundary after `done` updates and see that every rank came out with the same weights."""
+    began = time.perf_counter()
+    report = method.on_boundary(state.model, state.optimizer, done)
+    state.optimizer = report.optimizer
+    value = digest([p.detach() for p in state.model.parameters()])
+    world.assert_same(value, f"after the {report.kind} at step {done}")
+    counters = state.position.counters
+    if report.kind == "merge":
+        counters = counters.model_copy(update={"merges": counters.merges + 1})
+    state.position = replace(state.position, boundary=done, counters=counters)
+    return report, {
+        "kind": "boundary",
+        "step": done,
+        "boundary_kind": report.kind,
+        "num_layers": report.num_layers,
+        "state_pruned": report.state_pruned,
+        "digest": value,
+        "merges": counters.merges,
+        "num_trainable": num_parameters(state.model, trainable_only=True),
+        "boundary_s": time.perf_counter() - began,
+    }
+
+
+def _eval_due(cfg: RunConfig, done: int) -> bool:
+    every = cfg.train.eval_every_steps
+    return done in (cfg.warm_start_steps, cfg.steps) or bool(every and done % every == 0)
+
+
+def _save_due(cfg: RunConfig, method: Method, done: int) -> bool:
+    return done == cfg.steps or done % cfg.checkpoint.save_every_steps == 0 or method.is_boundary(done)
+
+
+def _save(checkpointer: Checkpointer, method: Method, state: TrainState) -> Record:
+    began = time.perf_counter()
+    frozen = method.frozen_names(state.model)
+    manifest, base_is_new = checkpointer.save(state.position, state.model, state.optimizer, frozen)
+    return {
+        "kind": "checkpoint",
+        "step": manifest.step,
+        "delta_bytes": manifest.delta.size_bytes,
+        "base_bytes": manifest.base.size_bytes if manifest.base else 0,
+        "base_is_new": base_is_new,
+        "save_s": time.perf_counter() - began,
+    }
+
+
+def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storage: Storage) -> None:
+    out = storage.child("model")
+    if not out.exists("config.json"):
+        export_model(cfg, method.dense_state_dict(state.model), out)
+
+
+def _train_record(
+    cfg: RunConfig,
+    method: Method,
+    state: TrainState,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    timer: StepTimer,
+) -> Record:
+    done = state.position.step
+    return {
+        "kind": "train",
+        "step": done,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens": done * cfg.tokens_per_step,
+        "tokens_per_s": cfg.tokens_per_step / timer.step_s,
+        "step_s": timer.step_s,
+        "left_s": (cfg.steps - done) * timer.step_s,
+        "cycle": state.position.counters.merges,
+        "skipped_steps": state.position.counters.skipped_steps,
+    }
+
+
+def _attempt_record(cfg: RunConfig, state: TrainState, checkpointer: Checkpointer, world: World) -> Record:
+    return {
+        "kind": "attempt",
+        "step": state.position.step,
+        "attempt": checkpointer.attempt,
+        "world_size": world.size,
+        "device": str(world.device),
+        "num_parameters": num_parameters(state.model),
+        "num_trainable": num_parameters(state.model, trainable_only=True),
+        "unix_time": time.time(),
+    }

@@ -1,0 +1,48 @@
+"""LoRA pre-training: adapters on frozen weights, after an optional full-rank warm start."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from relora_ray.config import LoraConfig, RunConfig
+from relora_ray.methods.base import BoundaryReport, Method
+from relora_ray.methods.lowrank import (
+    folded_state_dict,
+    low_rank_layers,
+    redraw_all_,
+    wrap_,
+)
+from relora_ray.optim import take_over_state_
+
+
+class Lora(Method):
+    """Its one boundary, if there is a warm start, is the switch at its end."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__(cfg)
+        assert isinstance(cfg.method, LoraConfig)
+        self.lora: LoraConfig = cfg.method
+
+    def adapt(self, model: nn.Module, step: int) -> None:
+        model.requires_grad_(True)
+        if step >= self.lora.warm_start_steps:
+            wrap_(model, self.lora)
+            redraw_all_(model, seed=self.cfg.seed, boundary=self.last_boundary(step))
+
+    def frozen_names(self, model: nn.Module) -> set[str]:
+        return {f"{path}.weight" for path in low_rank_layers(model)}
+
+    def is_boundary(self, step: int) -> bool:
+        return step > 0 and step == self.lora.warm_start_steps
+
+    def on_boundary(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> BoundaryReport:
+        assert step == self.lora.warm_start_steps, step
+        self.adapt(model, step)
+        switched = self.build_optimizer(model)
+        take_over_state_(switched, optimizer)
+        return BoundaryReport(step, "switch", len(low_rank_layers(model)), 1.0, switched, new_parameters=True)
+
+    def dense_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return folded_state_dict(model)
+

@@ -1,0 +1,39 @@
+"""ReLoRA (Lialin et al. 2023, "ReLoRA: High-Rank Training Through Low-Rank Updates").
+
+After the warm start, every `merge_every_steps` updates: add scale * B A to W, draw A anew and zero B, prune
+the adapters' Adam state. The learning rate's restart belongs to the schedule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from relora_ray.config import ReloraConfig, RunConfig
+from relora_ray.methods.base import BoundaryReport
+from relora_ray.methods.lora import Lora
+from relora_ray.methods.lowrank import adapter_parameters, merge_all_, redraw_all_
+from relora_ray.optim import prune_state_
+
+
+class Relora(Lora):
+    """Boundaries: the end of the warm start, then the end of every cycle, the last one included."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__(cfg)
+        assert isinstance(cfg.method, ReloraConfig)
+        self.relora: ReloraConfig = cfg.method
+
+    def is_boundary(self, step: int) -> bool:
+        trained = step - self.relora.warm_start_steps
+        return super().is_boundary(step) or (trained > 0 and trained % self.relora.merge_every_steps == 0)
+
+    def on_boundary(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> BoundaryReport:
+        if super().is_boundary(step):
+            return super().on_boundary(model, optimizer, step)
+        num_layers = merge_all_(model)
+        redraw_all_(model, seed=self.cfg.seed, boundary=step)
+        pruned = prune_state_(
+            optimizer, adapter_parameters(model), self.relora.reset, seed=self.cfg.seed, boundary=step
+        )
+        return BoundaryReport(step, "merge", num_layers, pruned, optimizer, new_parameters=False)

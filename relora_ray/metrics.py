@@ -1,0 +1,65 @@
+"""Metrics as JSON lines: one record per event, plain Python values, units in the key names.
+
+Records have a `kind`: train, eval, boundary, checkpoint, attempt or end. Everything that may be plotted goes
+here; `read` gives one series over all attempts of a run, the latest attempt winning where steps were repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from statistics import median
+from typing import Any
+
+from relora_ray.storage import Storage
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Writes one attempt's records to `metrics/<attempt>.jsonl`. One writer: rank 0."""
+
+    def __init__(self, storage: Storage, attempt: str, *, flush_every: int = 20) -> None:
+        self._storage, self._path, self._flush_every = storage, f"metrics/{attempt}.jsonl", flush_every
+        self._pending: list[str] = []
+
+    def write(self, record: Record) -> None:
+        # JSON has no nan: a skipped step's loss becomes null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._pending.append(json.dumps(clean, allow_nan=False))
+        if len(self._pending) >= self._flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            self._storage.append(self._path, ("\n".join(self._pending) + "\n").encode())
+            self._pending.clear()
+
+
+def read(storage: Storage, kind: str) -> list[Record]:
+    """All records of one kind, by step. A line that a crash cut short is left out."""
+    by_step: dict[int, Record] = {}
+    for path in storage.list("metrics"):
+        for line in storage.get(path).decode().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record.get("kind") == kind:
+                by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class StepTimer:
+    """Median seconds of recent steps: one slow step does not move the time left."""
+
+    def __init__(self, window: int = 50) -> None:
+        self._seconds: deque[float] = deque(maxlen=window)
+
+    def add(self, step_s: float) -> None:
+        self._seconds.append(step_s)
+
+    @property
+    def step_s(self) -> float:
+        return median(self._seconds) if self._seconds else 0.0

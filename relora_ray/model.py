@@ -1,0 +1,117 @@
+"""Models: a LLaMA of the reference's sizes, or any Hugging Face causal language model.
+
+Weights start from a keyed seed, in fp32 on the CPU, the same on every rank and machine type.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from relora_ray.config import ModelConfig
+from relora_ray.errors import ConfigError
+from relora_ray.keyed import key
+
+
+def hf_config(model: ModelConfig, seq_len: int) -> transformers.PretrainedConfig:
+    """The Hugging Face configuration of `model`. ConfigError if `seq_len` is beyond its positions."""
+    llama = model.llama
+    if llama is not None:
+        return transformers.LlamaConfig(
+            vocab_size=model.llama_vocab_size,
+            hidden_size=llama.hidden_size,
+            intermediate_size=llama.intermediate_size,
+            num_hidden_layers=llama.num_layers,
+            num_attention_heads=llama.num_heads,
+            # Rotary embedding has no table to outgrow, so a longer row only moves this number.
+            max_position_embeddings=max(llama.max_positions, seq_len),
+            rms_norm_eps=1e-6,
+            initializer_range=0.02,
+            tie_word_embeddings=model.tie_embeddings,
+            use_cache=False,
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(model.huggingface)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.huggingface={model.huggingface!r} is not a readable Hugging Face configuration: "
+            f"{str(error).splitlines()[0]} Give a folder with config.json, the file itself, or a hub name."
+        ) from error
+    if model.vocab_size is not None:
+        config.vocab_size = model.vocab_size
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ConfigError(
+            f"data.seq_len={seq_len} is more than the {positions} positions of model.huggingface="
+            f"{model.huggingface!r}. Use data.seq_len={positions} or less."
+        )
+    config.use_cache = False
+    return config
+
+
+def build_model(model: ModelConfig, *, seq_len: int, seed: int, device: str = "cpu") -> nn.Module:
+    """A freshly initialised causal language model in fp32. `device="meta"` gives shapes without memory."""
+    config = hf_config(model, seq_len)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(key(seed, "model"))
+        built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return built.train()
+
+
+def load_hf_weights(model: nn.Module, folder: str) -> None:
+    """Copy the weights of a Hugging Face folder or hub name into `model`. ConfigError if they do not fit."""
+    try:
+        source = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.init_from={folder!r} is not a readable Hugging Face model: {str(error).splitlines()[0]}"
+        ) from error
+    copy_weights(model, source.state_dict(), f"model.init_from={folder!r}")
+
+
+def copy_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Copy a dense state dict into `model` in place; every name and shape must match, else ConfigError."""
+    own = model.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise ConfigError(f"{source} has no tensor {missing[0]!r} ({len(missing)} missing). Same architecture needed.")
+    if unexpected := sorted(weights.keys() - own.keys()):
+        raise ConfigError(f"{source} has {unexpected[0]!r}, which the model lacks ({len(unexpected)} unexpected).")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise ConfigError(
+                f"{source}: {name} has shape {tuple(weights[name].shape)}, the model {tuple(tensor.shape)}. "
+                f"Set the model section to the architecture of the source."
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Rows of the input embedding: token ids must be below this."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def num_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def is_hf_folder(path: str) -> bool:
+    return Path(path, "config.json").is_file()
+
+
+def save_hf_folder(
+    model: ModelConfig, dense: dict[str, torch.Tensor], folder: str, *, seq_len: int, end_token_id: int
+) -> None:
+    """Write a dense state dict as a plain Hugging Face folder: config.json and safetensors, no code of ours."""
+    config = hf_config(model, seq_len)
+    config.bos_token_id = config.eos_token_id = end_token_id
+    config.use_cache = True
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(config, dtype=next(iter(dense.values())).dtype)
+    # Tied weights appear twice in a state dict and once in a file; the architecture knows which.
+    tied = set(getattr(shell, "all_tied_weights_keys", None) or {})
+    shell.save_pretrained(folder, state_dict={name: t for name, t in dense.items() if name not in tied})

@@ -1,0 +1,112 @@
+"""The world of one attempt: ranks, plain DDP and the few reductions the loop needs.
+
+Everything works unchanged without a process group, as a world of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from relora_ray.errors import RanksDisagreeError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def current(cls, device: torch.device | None = None) -> World:
+        """The default process group's world, or a world of one without a group."""
+        device = device or torch.device("cpu")
+        if not dist.is_initialized():
+            return cls(device=device)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module, warm_up: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+        """`model` under DDP (every rank, at the same step); itself in a world of one.
+
+        DDP lays out its buckets anew after its first backward pass, and a ring all-reduce of three or more ranks
+        adds in an order that depends on the place in a bucket. So that a resumed run adds in the same order as
+        one that went on, that first pass is spent here, on `warm_up`'s loss, whose gradients are dropped.
+        """
+        if self.size == 1:
+            return model
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            init_sync=False,  # replicas are equal by construction, and checked: assert_same_
+        )
+        warm_up(wrapped).backward()
+        model.zero_grad(set_to_none=True)
+        return wrapped
+
+    def sync_gradients(self, model: nn.Module, *, now: bool) -> contextlib.AbstractContextManager[Any]:
+        """Context of one micro-step: gradients are reduced only where `now` is set (the last one)."""
+        if now or not isinstance(model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return model.no_sync()
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of float64 values over all ranks, equal on every rank."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def assert_same(self, digest: int, what: str) -> None:
+        """Raise RanksDisagreeError on every rank, naming the odd ones, unless all digests are equal."""
+        if self.size == 1:
+            return
+        mine = torch.tensor([digest], dtype=torch.int64, device=self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine)
+        digests = [int(d.item()) for d in gathered]
+        majority = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
+        if odd := [rank for rank, d in enumerate(digests) if d != majority]:
+            raise RanksDisagreeError(
+                f"{what}: rank(s) {odd} hold other values than the other {self.size - len(odd)} of {self.size} ranks. "
+                f"Replicas must be equal: suspect the memory of those machines. Nothing was saved from this state; "
+                f"start again to continue from the last checkpoint."
+            )
+
+
+@torch.no_grad()
+def digest(tensors: Sequence[torch.Tensor]) -> int:
+    """A 63-bit digest of the tensors' bits, in order, that any single flipped bit changes.
+
+    Per tensor the sum of its elements' bit patterns as integers, so it costs one pass on the device; sums are
+    combined with odd multipliers, so tensors that changed places are seen too.
+    """
+    as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().contiguous().view(as_integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    value = 0
+    for total in torch.stack(sums).tolist() if sums else []:
+        value = (value * 6364136223846793005 + total + 1442695040888963407) % 2**63
+    return value

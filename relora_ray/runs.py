@@ -1,0 +1,164 @@
+"""A run's place in storage: what it is, the data it reads, and the model its checkpoints hold.
+
+    <storage>/<name>/config.yaml     written once, compared at every start
+    <storage>/<name>/model/          the finished model as a plain Hugging Face folder
+
+The driver uses this before anything is spent; export and `model.init_from` use it afterwards.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from relora_ray.checkpoint import Manifest, list_manifests, read_manifest, restore_model
+from relora_ray.config import RunConfig, parse_config, to_yaml
+from relora_ray.data.tokens import DataIndex, read_index
+from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from relora_ray.methods import Method, build_method
+from relora_ray.model import (
+    build_model,
+    copy_weights,
+    embedding_rows,
+    is_hf_folder,
+    load_hf_weights,
+    save_hf_folder,
+)
+from relora_ray.storage import Storage
+
+CONFIG = "config.yaml"
+
+
+def run_storage(cfg: RunConfig) -> Storage:
+    return Storage(cfg.storage).child(cfg.name)
+
+
+def open_data(cfg: RunConfig) -> DataIndex:
+    """The index of the run's data. DataError if there is none, or not the data that the run began with."""
+    index = read_index(Storage(cfg.data.path))
+    if cfg.data.fingerprint and index.fingerprint != cfg.data.fingerprint:
+        raise DataError(
+            f"data.path={cfg.data.path!r} has fingerprint {index.fingerprint}, but the run needs "
+            f"{cfg.data.fingerprint}: other text, another tokenizer or another split. Point data.path at the data the "
+            f"run began with, or start a run of another name."
+        )
+    if cfg.model.llama is not None:
+        _check_vocabulary(cfg.model.llama_vocab_size, index)
+    return index
+
+
+def _check_vocabulary(rows: int, index: DataIndex) -> None:
+    if rows < index.vocab_size:
+        raise DataError(
+            f"model.vocab_size={rows} is less than the {index.vocab_size} token ids of the data's tokenizer. Set "
+            f"model.vocab_size={index.vocab_size} or more, or prepare the data with the model's own tokenizer."
+        )
+
+
+def claim(cfg: RunConfig) -> RunConfig:
+    """Tie the run's folder to this config, and return it with the data's fingerprint filled in.
+
+    The first start writes config.yaml. A later one must agree with it in every key that decides the result;
+    ConfigError lists those that differ. Operational keys may change.
+    """
+    storage = run_storage(cfg)
+    if not storage.exists(CONFIG):
+        if list_manifests(storage):
+            raise ConfigError(f"{storage.url} holds checkpoints but no {CONFIG}: it is not clear what they are. Restore it.")
+        cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
+        storage.put(CONFIG, to_yaml(cfg).encode())
+        return cfg
+    known = read_config(storage)
+    if not cfg.data.fingerprint:
+        cfg = _with_fingerprint(cfg, known.data.fingerprint)
+    before, now = known.identity(), cfg.identity()
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    if differing:
+        lines = [f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differing]
+        raise ConfigError(
+            f"{storage.url} holds a run of another config. These keys decide the result and must stay as they are:\n"
+            + "\n".join(lines)
+            + "\nUse the run's own values to continue it, or set another name to start a new run."
+        )
+    open_data(cfg)
+    return cfg
+
+
+def read_config(storage: Storage) -> RunConfig:
+    try:
+        text = storage.get(CONFIG).decode()
+    except StorageError as error:
+        raise ConfigError(f"{storage.url} is not a run: {error} Give the folder that holds {CONFIG}.") from error
+    return parse_config(text, source=f"{storage.url}/{CONFIG}")
+
+
+def new_model(cfg: RunConfig) -> nn.Module:
+    """The model a run starts from: a keyed random one, or the weights of `model.init_from`. fp32, on the CPU."""
+    model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    _check_vocabulary(embedding_rows(model), open_data(cfg))
+    source = cfg.model.init_from
+    if not source:
+        return model
+    reference, _, step = source.partition("@")
+    if "://" not in reference and is_hf_folder(reference):
+        load_hf_weights(model, reference)
+    elif Storage(reference).exists(CONFIG):
+        trained = load_trained(reference, int(step) if step else None)
+        copy_weights(model, trained.method.dense_state_dict(trained.model), f"model.init_from={source!r}")
+    else:
+        load_hf_weights(model, source)
+    return model
+
+
+@dataclass(frozen=True)
+class Trained:
+    cfg: RunConfig
+    method: Method
+    model: nn.Module
+    """With the method's structure, such as adapters."""
+    manifest: Manifest
+
+
+def load_trained(url: str, step: int | None = None) -> Trained:
+    """The model of a run's newest checkpoint, or of the one at `step`. CheckpointError if it is not there."""
+    storage = Storage(url)
+    cfg = read_config(storage)
+    steps = list_manifests(storage)
+    if not steps:
+        raise CheckpointError(f"{storage.url} has no checkpoint yet.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{storage.url} has no checkpoint at step {step}. It has {', '.join(map(str, steps))}.")
+    manifest = read_manifest(storage, steps[-1] if step is None else step)
+    method = build_method(cfg)
+    model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    method.adapt(model, manifest.step)
+    restore_model(storage, manifest, model, method.frozen_names(model))
+    return Trained(cfg, method, model.eval(), manifest)
+
+
+def export_model(
+    cfg: RunConfig, dense: dict[str, torch.Tensor], out: Storage, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a plain Hugging Face folder: merged weights, config, tokenizer."""
+    data = Storage(cfg.data.path)
+    index = open_data(cfg)
+    with tempfile.TemporaryDirectory(prefix="relora-ray-export-") as folder:
+        save_hf_folder(
+            cfg.model,
+            {name: t.to(dtype) for name, t in dense.items()},
+            folder,
+            seq_len=cfg.data.seq_len,
+            end_token_id=index.end_token_id,
+        )
+        local = Storage(folder)
+        for path in local.list():
+            out.put(path, local.get(path))
+    for path in data.list("tokenizer"):
+        out.put(path.removeprefix("tokenizer/"), data.get(path))
+
+
+def _with_fingerprint(cfg: RunConfig, fingerprint: str) -> RunConfig:
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"fingerprint": fingerprint})})

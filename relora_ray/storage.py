@@ -1,0 +1,192 @@
+"""Plain objects under one folder or URL: put, read, list, delete. The only user of fsspec in the package.
+
+A put is atomic: readers see the whole object or none. On the local disk that is a temporary file, fsync and
+rename; object stores do it by themselves. Every failure ends in one StorageError that names the object.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from relora_ray.errors import StorageError
+
+T = TypeVar("T")
+
+_TEMPORARY = ".partial-"
+
+
+class Storage:
+    """Objects below `url` (a local folder, or any fsspec URL such as s3://bucket/prefix).
+
+    Paths are relative, with "/" between parts. Instances are cheap and picklable.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.is_local = "://" not in url or url.startswith("file://")
+        self.url = os.path.abspath(url.removeprefix("file://")) if self.is_local else url.rstrip("/")
+        self._options = options
+        if not self.is_local:
+            # Cached listings and shared instances hide what other clients wrote.
+            options = {"use_listings_cache": False, "skip_instance_cache": True, **options}
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_restore, (self.url, self._options))
+
+    def child(self, path: str) -> Storage:
+        return Storage(f"{self.url}/{path}", **self._options)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a whole object, replacing any other."""
+        if self.is_local:
+            self._guard("write", path, lambda: self._put_local(path, data, os.replace), len(data))
+        else:
+            self._guard("write", path, lambda: self._fs.pipe_file(self._at(path), data), len(data))
+
+    def put_new(self, path: str, data: bytes) -> None:
+        """Write a whole object that must not exist yet; FileExistsError if it does.
+
+        On object stores this is a conditional put, which not every server honours.
+        """
+        try:
+            if self.is_local:
+                self._guard("write", path, lambda: self._put_local(path, data, _link_new), len(data))
+            else:
+                self._guard("write", path, lambda: self._fs.pipe_file(self._at(path), data, mode="create"), len(data))
+        except StorageError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise FileExistsError(f"{self.url}/{path} exists already") from error
+            raise
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add to the end of an object, creating it. Not atomic: for logs."""
+
+        def append() -> None:
+            if self.is_local:
+                Path(self._at(path)).parent.mkdir(parents=True, exist_ok=True)
+                with open(self._at(path), "ab") as file:
+                    file.write(data)
+            else:
+                with self._fs.open(self._at(path), "ab") as file:
+                    file.write(data)
+
+        self._guard("append to", path, append, len(data))
+
+    def get(self, path: str) -> bytes:
+        """The whole object. StorageError, caused by FileNotFoundError, if there is none."""
+        if self.is_local:
+            return self._guard("read", path, Path(self._at(path)).read_bytes)
+        return bytes(self._guard("read", path, lambda: self._fs.cat_file(self._at(path))))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, or None if there is none."""
+        try:
+            if self.is_local:
+                return os.stat(self._at(path)).st_size
+            return int(self._guard("look up", path, lambda: self._fs.size(self._at(path))))
+        except FileNotFoundError:
+            return None
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def exists(self, path: str) -> bool:
+        return self.size(path) is not None
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of all objects below `prefix`, sorted; unfinished local writes are left out."""
+        root = self._at(prefix)
+        if self.is_local:
+            found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+            base = self.url
+        else:
+            try:
+                found = self._guard("list", prefix, lambda: self._fs.find(root))
+            except StorageError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    return []
+                raise
+            base = self._root
+        paths = [path[len(base) :].lstrip("/").replace(os.sep, "/") for path in found]
+        return sorted(path for path in paths if _TEMPORARY not in path)
+
+    def delete(self, prefix: str) -> None:
+        """Remove an object or everything below a prefix. Nothing there is no error."""
+
+        def delete() -> None:
+            target = self._at(prefix)
+            if not self.is_local:
+                if self._fs.exists(target):
+                    self._fs.rm(target, recursive=True)
+            elif os.path.isdir(target):
+                shutil.rmtree(target)
+            elif os.path.exists(target):
+                os.remove(target)
+
+        self._guard("delete", prefix, delete)
+
+    def _at(self, path: str) -> str:
+        root = self.url if self.is_local else self._root
+        return f"{root}/{path}" if path else root
+
+    def _put_local(self, path: str, data: bytes, publish: Callable[[str, str], None]) -> None:
+        target = self._at(path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = os.path.join(os.path.dirname(target), f"{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, target)
+            _sync_folder(os.path.dirname(target))
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    def _guard(self, action: str, path: str, operation: Callable[[], T], size_bytes: int | None = None) -> T:
+        try:
+            return operation()
+        except OSError as error:
+            size = "" if size_bytes is None else f" ({size_bytes:,} bytes)"
+            reason = error.strerror or f"{type(error).__name__}: {error}"
+            raise StorageError(f"cannot {action} {self.url}/{path}{size}: {reason}.{_advice(error)}") from error
+
+
+def _restore(url: str, options: dict[str, Any]) -> Storage:
+    return Storage(url, **options)
+
+
+def _link_new(temporary: str, target: str) -> None:
+    os.link(temporary, target)  # fails if the target exists, unlike a rename
+    os.remove(temporary)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _advice(error: OSError) -> str:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return " Free space there (checkpoint.keep_last says how many checkpoints are kept), or move the run."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return " Check who owns the folder, or choose another storage."
+    return ""
