@@ -161,7 +161,7 @@ class ReloraConfig(LoraConfig):
     reset: ResetConfig = ResetConfig()
 
 
-MethodConfig = Annotated[Union[FullConfig, LoraConfig, ReloraConfig], Field(discriminator="kind")]
+MethodConfig = Annotated[FullConfig | LoraConfig | ReloraConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(Section):
@@ -260,7 +260,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        problems = [*_batch_problems(self), *_cycle_problems(self), *_schedule_problems(self), *_rank_problems(self)]
+        problems = [
+            *_batch_problems(self),
+            *_cycle_problems(self),
+            *_schedule_problems(self),
+            *_rank_problems(self),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -302,8 +307,8 @@ def _batch_problems(cfg: RunConfig) -> list[str]:
         fits = [d for d in range(1, rows + 1) if rows % d == 0]
         near = min(fits, key=lambda d: abs(d - micro))
         return [
-            f"global_batch_rows={rows} is not a multiple of train.micro_batch_rows={micro}. A global batch is made "
-            f"of whole micro-batches: use train.micro_batch_rows={near} or global_batch_rows={-(-rows // micro) * micro}."
+            f"global_batch_rows={rows} is not a multiple of train.micro_batch_rows={micro}. A global batch is made of "
+            f"whole micro-batches: use train.micro_batch_rows={near} or global_batch_rows={-(-rows // micro) * micro}."
         ]
     return []
 
@@ -406,7 +411,9 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source} holds {type(raw).__name__}, not a mapping of sections. See configs/quickstart.yaml.")
+        raise ConfigError(
+            f"{source} holds {type(raw).__name__}, not a mapping of sections. See configs/quickstart.yaml."
+        )
     for item in overrides or []:
         _apply_override(raw, item)
     try:
@@ -474,7 +481,7 @@ def _explain(detail: Any) -> list[str]:
     return [f"{dotted}={detail['input']!r}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
 
 
-_METHOD_KINDS = {"full": FullConfig, "lora": LoraConfig, "relora": ReloraConfig}
+_METHOD_KINDS: dict[str, type[Section]] = {"full": FullConfig, "lora": LoraConfig, "relora": ReloraConfig}
 
 
 def _section_at(loc: list[str]) -> type[Section] | None:

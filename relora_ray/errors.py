@@ -1,12 +1,15 @@
 """Errors that a user or an operator can cause.
 
-Each message says what happened, the value, the rule and the fix. Restarting workers does not help against
-any of them, so the driver stops the run instead of retrying. Bugs of our own are `assert`s.
+Each message says what happened, the value, the rule and the fix. Bugs of our own are `assert`s.
 """
 
 
 class ReloraError(Exception):
     """Base of every error below."""
+
+    restart_helps = False
+    """Whether the same attempt, started again from the last checkpoint, may get further. If not, the driver stops
+    the run instead of using up its failures."""
 
 
 class ConfigError(ReloraError):
@@ -31,6 +34,8 @@ class NonFiniteError(ReloraError):
 
 class RanksDisagreeError(ReloraError):
     """Replicas that must be equal are not: silent corruption, or a bug."""
+
+    restart_helps = True
 
 
 class NotMergeableError(ReloraError):

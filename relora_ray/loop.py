@@ -6,6 +6,7 @@ export. All ranks call it with equal arguments. `train` is the loop proper, mean
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -85,7 +86,13 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
         train(cfg, world, method, state, data, checkpointer, emit, already_saved=saved)
         if world.is_first:
             _export_if_missing(cfg, method, state, storage)
-        emit({"kind": "end", "step": state.position.step, "skipped_steps": state.position.counters.skipped_steps})
+        emit(
+            {
+                "kind": "end",
+                "step": state.position.step,
+                "skipped_steps": state.position.counters.skipped_steps,
+            }
+        )
     finally:
         if log is not None:
             log.flush()
@@ -141,6 +148,8 @@ def train(
             report, record = _cross_boundary(world, method, state, done)
             emit(record)
             if report.new_parameters:
+                del wrapped  # with its buckets, which hold a gradient of every weight
+                gc.collect()
                 wrapped = _wrap(cfg, world, state, data)
         if _eval_due(cfg, done):
             record_eval()
@@ -208,7 +217,11 @@ def open_batches(cfg: RunConfig, world: World) -> Data:
     def source(split: Any, micro_batch_rows: int) -> BatchSource:
         rows = TokenRows(storage, index, split, cfg.data.seq_len)
         return BatchSource(
-            rows, world, global_batch_rows=cfg.global_batch_rows, micro_batch_rows=micro_batch_rows, seed=cfg.seed
+            rows,
+            world,
+            global_batch_rows=cfg.global_batch_rows,
+            micro_batch_rows=micro_batch_rows,
+            seed=cfg.seed,
         )
 
     return Data(source("train", micro), source("validation", cfg.train.eval_micro_batch_rows or micro))
@@ -272,14 +285,10 @@ def _count(cfg: RunConfig, counters: Counters, finite: bool, done: int) -> Count
             f"train.max_nonfinite_steps={cfg.train.max_nonfinite_steps} allows no more. Lower optimizer.learning_rate, "
             f"lengthen the warm-up, or look at the data of these steps."
         )
-    return counters.model_copy(
-        update={"skipped_steps": counters.skipped_steps + 1, "skipped_in_a_row": in_a_row}
-    )
+    return counters.model_copy(update={"skipped_steps": counters.skipped_steps + 1, "skipped_in_a_row": in_a_row})
 
 
-def _cross_boundary(
-    world: World, method: Method, state: TrainState, done: int
-) -> tuple[BoundaryReport, Record]:
+def _cross_boundary(world: World, method: Method, state: TrainState, done: int) -> tuple[BoundaryReport, Record]:
     """Do the boundary after `done` updates and see that every rank came out with the same weights."""
     began = time.perf_counter()
     report = method.on_boundary(state.model, state.optimizer, done)

@@ -37,9 +37,9 @@ class MetricsLog:
             self._pending.clear()
 
 
-def read(storage: Storage, kind: str) -> list[Record]:
-    """All records of one kind, by step. A line that a crash cut short is left out."""
-    by_step: dict[int, Record] = {}
+def read_all(storage: Storage, kind: str) -> list[Record]:
+    """All records of one kind, attempt by attempt. A line that a crash cut short is left out."""
+    records = []
     for path in storage.list("metrics"):
         for line in storage.get(path).decode().splitlines():
             try:
@@ -47,7 +47,13 @@ def read(storage: Storage, kind: str) -> list[Record]:
             except json.JSONDecodeError:
                 continue
             if record.get("kind") == kind:
-                by_step[record["step"]] = record
+                records.append(record)
+    return records
+
+
+def read(storage: Storage, kind: str) -> list[Record]:
+    """One record of a kind per step, by step: the latest attempt's."""
+    by_step = {record["step"]: record for record in read_all(storage, kind)}
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -57,7 +57,12 @@ def take_over_state_(optimizer: torch.optim.Optimizer, previous: torch.optim.Opt
 
 @torch.no_grad()
 def prune_state_(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]], reset: ResetConfig, *, seed: int, boundary: int
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, nn.Parameter]],
+    reset: ResetConfig,
+    *,
+    seed: int,
+    boundary: int,
 ) -> float:
     """Prune m and v of the named parameters in place; returns the share of their entries that is zero now.
 

@@ -8,6 +8,7 @@ The driver uses this before anything is spent; export and `model.init_from` use 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import dataclass
 
@@ -67,10 +68,12 @@ def claim(cfg: RunConfig) -> RunConfig:
     storage = run_storage(cfg)
     if not storage.exists(CONFIG):
         if list_manifests(storage):
-            raise ConfigError(f"{storage.url} holds checkpoints but no {CONFIG}: it is not clear what they are. Restore it.")
+            raise ConfigError(
+                f"{storage.url} holds checkpoints but no {CONFIG}: it is not clear what they are. Restore it."
+            )
         cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
-        storage.put(CONFIG, to_yaml(cfg).encode())
-        return cfg
+        with contextlib.suppress(FileExistsError):  # another driver came first: compare with its config
+            storage.put_new(CONFIG, to_yaml(cfg).encode())
     known = read_config(storage)
     if not cfg.data.fingerprint:
         cfg = _with_fingerprint(cfg, known.data.fingerprint)

@@ -43,7 +43,7 @@ def _shape(step: int, cfg: RunConfig) -> float:
     if schedule.kind == "linear":
         return 1.0 - (1.0 - schedule.min_lr_ratio) * _progress(step, warmup, cfg.steps)
     start = restart_step(step, cfg)
-    if schedule.kind == "jagged_cosine" and 0 < start and step < start + schedule.restart_warmup_steps:
+    if schedule.kind == "jagged_cosine" and start > 0 and step < start + schedule.restart_warmup_steps:
         target = _cosine(start + schedule.restart_warmup_steps, warmup, cfg.steps, schedule.min_lr_ratio)
         return (step - start) / schedule.restart_warmup_steps * target
     return _cosine(step, warmup, cfg.steps, schedule.min_lr_ratio)

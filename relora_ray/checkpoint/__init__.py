@@ -1,7 +1,13 @@
 """Checkpoints: one base, one delta and the manifest that commits them. No manifest, no checkpoint."""
 
 from relora_ray.checkpoint.checkpointer import Checkpointer, Position, restore_model
-from relora_ray.checkpoint.manifest import Manifest, list_manifests, newest_manifest, plan_prune, read_manifest
+from relora_ray.checkpoint.manifest import (
+    Manifest,
+    list_manifests,
+    newest_manifest,
+    plan_prune,
+    read_manifest,
+)
 
 __all__ = [
     "Checkpointer",

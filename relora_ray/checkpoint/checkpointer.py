@@ -28,7 +28,6 @@ from relora_ray.checkpoint.manifest import (
     Manifest,
     Part,
     list_manifests,
-    manifest_path,
     plan_prune,
     read_manifest,
 )
@@ -60,7 +59,13 @@ class Checkpointer:
     """One attempt's checkpoints of one run. Made by every rank, at the same time."""
 
     def __init__(
-        self, storage: Storage, cfg: CheckpointConfig, world: World, *, data_fingerprint: str, tokens_per_step: int
+        self,
+        storage: Storage,
+        cfg: CheckpointConfig,
+        world: World,
+        *,
+        data_fingerprint: str,
+        tokens_per_step: int,
     ) -> None:
         self._storage, self._cfg, self._world = storage, cfg, world
         self._data_fingerprint, self._tokens_per_step = data_fingerprint, tokens_per_step
@@ -82,7 +87,9 @@ class Checkpointer:
 
         return self._on_first(read_all)
 
-    def restore(self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]) -> Position:
+    def restore(
+        self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]
+    ) -> Position:
         """Copy a checkpoint into `model` and `optimizer` in place (every rank). CheckpointError if it is not
         whole or does not fit; the tensors are then in an undefined state."""
         base, delta = split_state(model, optimizer, frozen)
@@ -99,7 +106,9 @@ class Checkpointer:
         self._base, self._base_boundary = manifest.base, manifest.boundary
         return Position(manifest.step, manifest.boundary, manifest.counters)
 
-    def save(self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]) -> tuple[Manifest, bool]:
+    def save(
+        self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]
+    ) -> tuple[Manifest, bool]:
         """Store and commit the state at `position` (every rank, same step); prune what is no longer needed.
 
         Returns the manifest and whether a base was written for it.
@@ -210,7 +219,7 @@ def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Ten
     absent = tensors.keys() - index.keys()
     if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not n.startswith("optimizer.")}):
         raise CheckpointError(
-            f"{part.folder} and the model do not have the same tensors: {wrong[0]} and {len(wrong) - 1} more are on one "
+            f"{part.folder} and the model differ in tensors: {wrong[0]} and {len(wrong) - 1} more are on one "
             f"side only. Use the config that the checkpoint was made with."
         )
     with torch.no_grad():

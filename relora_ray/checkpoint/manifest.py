@@ -107,7 +107,12 @@ def newest_manifest(storage: Storage) -> Manifest | None:
 
 
 def plan_prune(
-    manifests: Iterable[Manifest], folders: Collection[str], *, keep_last: int, keep_every_steps: int, attempt: str
+    manifests: Iterable[Manifest],
+    folders: Collection[str],
+    *,
+    keep_last: int,
+    keep_every_steps: int,
+    attempt: str,
 ) -> tuple[list[Manifest], list[str]]:
     """Which manifests and part folders may be deleted: a pure function.
 

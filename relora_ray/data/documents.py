@@ -15,7 +15,9 @@ from relora_ray.errors import DataError
 FORMATS = ("text", "jsonl", "parquet", "saved", "hub")
 
 
-def read_documents(source: str, *, form: str = "", text_field: str = "text", separator: str, split: str) -> Iterator[str]:
+def read_documents(
+    source: str, *, form: str = "", text_field: str = "text", separator: str, split: str
+) -> Iterator[str]:
     """The documents of one source, in its order; empty ones are left out.
 
     `form` is one of FORMATS; empty: by the name's ending, a saved dataset's folder, or else a hub name.
@@ -36,7 +38,9 @@ def read_documents(source: str, *, form: str = "", text_field: str = "text", sep
             if document.strip():
                 yield document
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read as {form}: {error}. Check the path, or name its --format.") from error
+        raise DataError(
+            f"{source}: cannot be read as {form}: {error}. Check the path, or name its --format."
+        ) from error
 
 
 def _guess_format(source: str) -> str:
@@ -93,9 +97,8 @@ def _parquet(source: str, text_field: str) -> Iterator[str]:
     with fsspec.open(source, "rb") as file:
         parquet = pyarrow.parquet.ParquetFile(file)
         if text_field not in parquet.schema_arrow.names:
-            raise DataError(
-                f"{source} has no column {text_field!r}, only {', '.join(parquet.schema_arrow.names)}. Set --text-field."
-            )
+            columns = ", ".join(parquet.schema_arrow.names)
+            raise DataError(f"{source} has no column {text_field!r}, only {columns}. Set --text-field.")
         for batch in parquet.iter_batches(batch_size=256, columns=[text_field]):
             for value in batch.column(0).to_pylist():
                 yield value or ""

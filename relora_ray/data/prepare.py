@@ -82,7 +82,13 @@ class _Encoding:
     validation_fraction: float
 
     def part_key(self, batch: _Batch) -> str:
-        settings = [self.tokenizer_sha256, self.end_token_id, self.dtype, self.validation_fraction, batch.split]
+        settings = [
+            self.tokenizer_sha256,
+            self.end_token_id,
+            self.dtype,
+            self.validation_fraction,
+            batch.split,
+        ]
         return hashlib.sha256(json.dumps([settings, batch.documents]).encode()).hexdigest()
 
 
@@ -134,7 +140,9 @@ def _check(request: Request) -> None:
     try:
         re.compile(request.document_separator)
     except re.error as error:
-        raise ConfigError(f"--document-separator={request.document_separator!r} is no regular expression: {error}.") from error
+        raise ConfigError(
+            f"--document-separator={request.document_separator!r} is no regular expression: {error}."
+        ) from error
 
 
 def _check_splits(request: Request, parts: list[_Part]) -> None:
@@ -294,12 +302,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m relora_ray.data.prepare", description=__doc__.splitlines()[0])
     default = Request(sources=(), out="", tokenizer="")
     add = parser.add_argument
-    add("sources", nargs="+", help="plain text, JSON lines, Parquet, a saved dataset's folder, or a hub name[:config]")
+    add(
+        "sources",
+        nargs="+",
+        help="plain text, JSON lines, Parquet, a saved dataset's folder, or a hub name[:config]",
+    )
     add("--out", required=True, help="folder or URL to write")
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or hub name")
-    add("--validation", dest="validation_sources", nargs="+", default=(), help="sources that are validation as a whole")
-    add("--validation-fraction", type=float, default=default.validation_fraction, help="share of documents held out")
-    add("--document-separator", default=default.document_separator, help="regular expression for a line of plain text")
+    add(
+        "--validation",
+        dest="validation_sources",
+        nargs="+",
+        default=(),
+        help="sources that are validation as a whole",
+    )
+    add(
+        "--validation-fraction",
+        type=float,
+        default=default.validation_fraction,
+        help="share of documents held out",
+    )
+    add(
+        "--document-separator",
+        default=default.document_separator,
+        help="regular expression for a line of plain text",
+    )
     add("--format", dest="form", choices=FORMATS, default="", help="instead of guessing from the name")
     add("--text-field", default=default.text_field)
     add("--split", default=default.split, help="split of a saved or hub dataset to read")
@@ -314,7 +341,9 @@ def main() -> None:
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     for split, held in index.splits.items():
-        print(f"{split:11s}{held.num_documents:>12,} documents {held.num_tokens:>15,} tokens {len(held.shards):>5} shards")
+        print(
+            f"{split:11s}{held.num_documents:>12,} documents {held.num_tokens:>15,} tokens {len(held.shards):>5} shards"
+        )
     print(f"vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint}, in {args['out']}")
 
 

@@ -1,6 +1,6 @@
 """Tokenizers: load any Hugging Face one; train a small byte-level BPE on one's own text.
 
-    python -m relora_ray.data.tokenizer TEXT... --out FOLDER --vocab-size 2048
+python -m relora_ray.data.tokenizer TEXT... --out FOLDER --vocab-size 2048
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def main() -> None:
         train_tokenizer(texts, vocab_size=args.vocab_size, out=args.out)
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
-    print(f"wrote {args.out}: {num_token_ids(load_tokenizer(args.out)):,} tokens from {sum(map(len, texts)):,} characters")
+    print(
+        f"wrote {args.out}: {num_token_ids(load_tokenizer(args.out)):,} tokens from {sum(map(len, texts)):,} characters"
+    )
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def read_index(storage: Storage) -> DataIndex:
         index = DataIndex.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise DataError(f"{storage.url}/index.json: {problem['loc']}: {problem['msg']}. Prepare the data again.") from error
+        raise DataError(
+            f"{storage.url}/index.json: {problem['loc']}: {problem['msg']}. Prepare the data again."
+        ) from error
     if index.fingerprint != recorded:
         raise DataError(f"{storage.url}/index.json was changed: its fingerprint is not {recorded}. Prepare again.")
     return index
@@ -123,8 +125,8 @@ class TokenRows:
             array = self._open(shard)
             if array.shape != (shard.num_tokens,):
                 raise DataError(
-                    f"{self._storage.url}/{shard.file} holds {array.shape} tokens; the index says {shard.num_tokens:,}. "
-                    f"Prepare the data again."
+                    f"{self._storage.url}/{shard.file} holds {array.shape} tokens; the index says "
+                    f"{shard.num_tokens:,}. Prepare the data again."
                 )
             self._arrays[number] = array
         return self._arrays[number]

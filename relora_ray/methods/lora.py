@@ -45,4 +45,3 @@ class Lora(Method):
 
     def dense_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return folded_state_dict(model)
-

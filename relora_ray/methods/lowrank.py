@@ -38,17 +38,17 @@ class LowRankLinear(nn.Module):
         in_features, out_features = self.weight.shape if self.transposed else reversed(self.weight.shape)
         self.scale = cfg.alpha / (math.sqrt(cfg.lora_rank) if cfg.rslora else cfg.lora_rank)
         self.dropout = cfg.dropout
-        like = {"device": self.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.zeros(cfg.lora_rank, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, cfg.lora_rank, **like))
-        self.lora_gain = nn.Parameter(torch.ones((), **like)) if cfg.trainable_scaling else None
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(cfg.lora_rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, cfg.lora_rank, device=device))
+        self.lora_gain = nn.Parameter(torch.ones((), device=device)) if cfg.trainable_scaling else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
         base = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
         h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
         scale = self.scale if self.lora_gain is None else self.scale * self.lora_gain
-        return base + F.linear(h, self.lora_B) * scale
+        return base + F.linear(h * scale, self.lora_B)  # scaled at r columns, not at out
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:

@@ -1,0 +1,57 @@
+"""Train a run: what `ray job submit` calls.
+
+    python -m relora_ray.launch CONFIG [key=value ...]
+
+Starting, continuing after a crash and growing an interrupted run are this one command. Uses the Ray cluster it
+runs in (RAY_ADDRESS), or starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from relora_ray.config import load_config
+from relora_ray.errors import ReloraError
+from relora_ray.progress import Progress
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m relora_ray.launch", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file: one file is one run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as steps=300 optimizer.learning_rate=1e-3"
+    )
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config, args.overrides)
+        # Imported only now: a bad config should not have to wait for torch and Ray.
+        from relora_ray.report import summary
+        from relora_ray.runs import run_storage
+        from relora_ray.runtime import driver
+
+        cfg = driver.preflight(cfg)
+    except ReloraError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    progress = Progress(cfg, sys.stdout)
+    try:
+        driver.run(cfg, on_event=progress)
+    except ReloraError as error:
+        progress.close()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        progress.close()
+        print("interrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)
+        return 130
+    progress.close()
+    print(summary(run_storage(cfg)))
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

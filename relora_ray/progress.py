@@ -1,0 +1,100 @@
+"""A run's events as lines on a console: a status line that moves on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+from relora_ray.config import ReloraConfig, RunConfig
+
+
+class Progress:
+    """Call it with each event; `close` ends the moving line."""
+
+    def __init__(self, cfg: RunConfig, out: TextIO) -> None:
+        self._cfg, self._out = cfg, out
+        self._moving = out.isatty()
+        self._line_open = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        show = getattr(self, f"_on_{event['kind']}", None)
+        if show is not None:
+            show(event)
+
+    def close(self) -> None:
+        if self._line_open:
+            self._out.write("\n")
+            self._line_open = False
+        self._out.flush()
+
+    def _print(self, text: str) -> None:
+        if self._line_open:
+            self._out.write("\r\x1b[K")
+            self._line_open = False
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def _on_attempt(self, e: dict[str, Any]) -> None:
+        begin = f"resuming after step {e['step']:,}" if e["step"] else "starting"
+        self._print(
+            f"attempt {e['attempt']}: {begin}, {e['world_size']} worker(s) on {e['device']}, "
+            f"{e['num_parameters'] / 1e6:.2f} M parameters, {e['num_trainable'] / 1e6:.2f} M trained"
+        )
+
+    def _on_train(self, e: dict[str, Any]) -> None:
+        due = e["step"] % self._cfg.train.log_every_steps == 0 or e["step"] == self._cfg.steps
+        text = (
+            f"step {e['step']:>{len(str(self._cfg.steps))}}/{self._cfg.steps}  loss {_number(e['loss'])}  "
+            f"lr {e['learning_rate']:.2e}  {_rate(e['tokens_per_s'])} tokens/s  {self._cycle(e)}  "
+            f"left {_clock(e['left_s'])}"
+        )
+        if due:
+            self._print(text)
+        elif self._moving:
+            self._out.write(f"\r\x1b[K{text}")
+            self._out.flush()
+            self._line_open = True
+
+    def _cycle(self, e: dict[str, Any]) -> str:
+        cfg, method = self._cfg, self._cfg.method
+        if e["step"] <= cfg.warm_start_steps:
+            return "warm start"
+        if not isinstance(method, ReloraConfig):
+            return str(method.kind)
+        cycles = (cfg.steps - method.warm_start_steps) // method.merge_every_steps
+        return f"cycle {(e['step'] - method.warm_start_steps - 1) // method.merge_every_steps + 1}/{cycles}"
+
+    def _on_boundary(self, e: dict[str, Any]) -> None:
+        if e["boundary_kind"] == "switch":
+            self._print(
+                f"-- step {e['step']:,}: warm start done, {e['num_layers']} layers wrapped, "
+                f"{e['num_trainable'] / 1e6:.2f} M parameters trained from here on"
+            )
+        else:
+            self._print(
+                f"-- step {e['step']:,}: merge {e['merges']} of {e['num_layers']} layers, adapters redrawn, "
+                f"{e['state_pruned']:.0%} of their moments pruned, {e['boundary_s'] * 1000:.0f} ms"
+            )
+
+    def _on_eval(self, e: dict[str, Any]) -> None:
+        self._print(f"-- step {e['step']:,}: held-out loss {e['loss']:.4f}, perplexity {e['perplexity']:.2f}")
+
+    def _on_checkpoint(self, e: dict[str, Any]) -> None:
+        base = f", base {e['base_bytes'] / 1e6:.1f} MB" if e["base_is_new"] else ""
+        self._print(f"-- step {e['step']:,}: saved, delta {e['delta_bytes'] / 1e6:.1f} MB{base}, {e['save_s']:.2f} s")
+
+    def _on_log(self, e: dict[str, Any]) -> None:
+        self._print(f"-- {e['level'].lower()} (rank {e['rank']}): {e['message']}")
+
+
+def _number(loss: float | None) -> str:
+    return "  n/a " if loss is None else f"{loss:.4f}"
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s / 1000:.1f}k" if per_s >= 1000 else f"{per_s:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes:02d}:{left:02d}"

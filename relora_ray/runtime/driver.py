@@ -1,0 +1,173 @@
+"""The driver: checks, a Ray, the coordinator, Ray Train, and what a person sees meanwhile.
+
+Everything that can be refused is refused before Ray starts: see `preflight`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from relora_ray import config as rc
+from relora_ray.errors import ReloraError
+from relora_ray.methods import build_method
+from relora_ray.model import build_model
+from relora_ray.runs import claim, open_data, run_storage
+from relora_ray.runtime.coordinator import Coordinator, Event
+from relora_ray.runtime.worker import train_worker
+
+logger = logging.getLogger(__name__)
+
+OnEvent = Callable[[Event], None]
+
+POLL_S = 0.5
+
+
+class RunFailedError(ReloraError):
+    """The run ended without reaching its last step."""
+
+
+def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
+    """Check all that can be checked without Ray; returns the config as it will run. Raises ReloraError.
+
+    Local paths become absolute, because workers run in folders of their own.
+    """
+    cfg = _with_absolute_paths(cfg)
+    open_data(cfg)
+    if cfg.model.llama is None:  # the config has checked LLaMA's shapes; others are seen by wrapping a shell
+        build_method(cfg).adapt(
+            build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta"), cfg.steps
+        )
+    return claim(cfg)
+
+
+def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
+    """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError."""
+    with _ray(cfg):
+        coordinator = Coordinator.remote()  # type: ignore[attr-defined]
+        with _watching(coordinator, on_event):
+            _fit(cfg, coordinator)
+
+
+def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
+    cluster = cfg.cluster
+    resources = {"CPU": float(cluster.cpus_per_worker)}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    with tempfile.TemporaryDirectory(prefix="relora-ray-") as scratch:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"config": rc.to_yaml(cfg), "coordinator": coordinator},
+            scaling_config=ScalingConfig(
+                num_workers=cluster.workers,
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=cluster.collective_timeout_s
+            ),
+            # Ray's own record of the run is not used (our manifests are the truth), so it gets a name of its own
+            # every time: a snapshot that a crash left half-written could not stop the next start.
+            run_config=RunConfig(
+                name=f"{cfg.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=_train_storage(cfg, scratch),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise RunFailedError(_failure(coordinator, str(error))) from error
+    if fatal := ray.get(coordinator.fatal.remote()):
+        raise RunFailedError(fatal)
+
+
+def _failure(coordinator: Any, otherwise: str) -> str:
+    fatal: str = ray.get(coordinator.fatal.remote())
+    return fatal or f"Ray Train gave up: {otherwise}"
+
+
+def _train_storage(cfg: rc.RunConfig, scratch: str) -> str:
+    """Where Ray Train keeps its own record: on one machine a scratch folder, on several the run's storage."""
+    if len(ray.nodes()) == 1:
+        return scratch
+    return run_storage(cfg).child("ray").url
+
+
+@contextmanager
+def _ray(cfg: rc.RunConfig) -> Iterator[None]:
+    """The cluster this process belongs to, if any, else a local Ray with a slot for every worker."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        needed = cfg.cluster.workers * cfg.cluster.cpus_per_worker
+        ray.init(num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _watching(coordinator: Any, on_event: OnEvent) -> Iterator[None]:
+    """Hand the coordinator's events to `on_event`, in a thread, until the block ends."""
+    done = threading.Event()
+
+    def poll() -> None:
+        try:
+            events = ray.get(coordinator.drain.remote())
+        except ray.exceptions.RayError as error:
+            logger.warning("no progress can be shown for the moment: %s", error)
+            done.wait(10 * POLL_S)
+            return
+        for event in events:
+            on_event(event)
+
+    def watch() -> None:
+        while not done.wait(POLL_S):
+            poll()
+
+    thread = threading.Thread(target=watch, name="relora-ray-events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        poll()
+
+
+def _with_absolute_paths(cfg: rc.RunConfig) -> rc.RunConfig:
+    def absolute(path: str) -> str:
+        return path if "://" in path else os.path.abspath(path)
+
+    model = cfg.model.model_copy(
+        update={
+            name: os.path.abspath(value)
+            for name in ("huggingface", "init_from")
+            if (value := getattr(cfg.model, name)) and "://" not in value and os.path.exists(value.partition("@")[0])
+        }
+    )
+    return cfg.model_copy(
+        update={
+            "storage": absolute(cfg.storage),
+            "model": model,
+            "data": cfg.data.model_copy(update={"path": absolute(cfg.data.path)}),
+        }
+    )
