@@ -10,6 +10,7 @@ Steps count optimizer updates, from 0. "After step s" and every `*_steps` value 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -420,7 +421,7 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         lines = [line for detail in error.errors() for line in _explain(detail)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError(_without_credentials("\n".join(dict.fromkeys(lines)))) from None
 
 
 def to_yaml(cfg: RunConfig) -> str:
@@ -462,7 +463,7 @@ def _explain(detail: Any) -> list[str]:
     keys = [part for i, part in enumerate(loc) if not (i == 1 and loc[0] == "method" and part in _METHOD_KINDS)]
     dotted = ".".join(keys)
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error" and not (keys and message.startswith("storage")):
+    if detail["type"] == "value_error":  # one of ours, complete as it is
         return message.splitlines()
     section = _section_at(loc[:-1])
     if detail["type"] == "extra_forbidden":
@@ -507,6 +508,10 @@ def _types_in(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return list(get_args(annotation))
     return [annotation]
+
+
+def _without_credentials(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -196,8 +196,7 @@ def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: Wo
             rejected.append((manifest, error))
             continue
         for damaged, reason in rejected:
-            logger.warning("the checkpoint at step %d is set aside: %s", damaged.step, reason)
-            checkpointer.set_aside(damaged)
+            checkpointer.set_aside(damaged, reason)
         logger.info("resuming after step %d", manifest.step)
         return state, True
     if rejected:

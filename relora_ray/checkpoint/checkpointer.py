@@ -7,12 +7,14 @@ ones. Start, crash and restart are one path: the state after 0 updates is saved 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import re
 import time
 import uuid
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -28,6 +30,7 @@ from relora_ray.checkpoint.manifest import (
     Manifest,
     Part,
     list_manifests,
+    manifest_path,
     plan_prune,
     read_manifest,
 )
@@ -74,7 +77,7 @@ class Checkpointer:
         self._base_boundary = -1
 
     def newest(self) -> list[Manifest]:
-        """Readable manifests, newest first, the same list on every rank."""
+        """Manifests, newest first, the same list on every rank. Unreadable ones are set aside, with a warning."""
 
         def read_all() -> list[Manifest]:
             manifests = []
@@ -82,7 +85,7 @@ class Checkpointer:
                 try:
                     manifests.append(read_manifest(self._storage, step))
                 except CheckpointError as error:
-                    logger.warning("the checkpoint at step %d cannot be used: %s", step, error)
+                    self._set_aside(step, error)
             return manifests
 
         return self._on_first(read_all)
@@ -139,12 +142,15 @@ class Checkpointer:
         self._on_first(lambda: self._commit(manifest))
         return manifest, base_is_new
 
-    def set_aside(self, manifest: Manifest) -> None:
-        """Take a manifest that turned out damaged out of the way of the one that will replace it (rank 0)."""
-        if self._world.is_first:
-            data = self._storage.get(manifest.path)
-            self._storage.put(f"damaged/{manifest.attempt}/{manifest.path}", data)
-            self._storage.delete(manifest.path)
+    def set_aside(self, manifest: Manifest, reason: CheckpointError) -> None:
+        """Take a manifest whose checkpoint turned out damaged out of the way of the one that will replace it."""
+        self._on_first(lambda: self._set_aside(manifest.step, reason))
+
+    def _set_aside(self, step: int, reason: CheckpointError) -> None:
+        path = manifest_path(step)
+        logger.warning("the checkpoint at step %d is set aside: %s", step, reason)
+        self._storage.put(f"damaged/{self.attempt}/{path}", self._storage.get(path))
+        self._storage.delete(path)
 
     def _commit(self, manifest: Manifest) -> None:
         try:
@@ -172,7 +178,8 @@ class Checkpointer:
     def _store(self, folder: str, tensors: Tensors) -> Part:
         writer = PartWriter(self._storage, folder, self._world.rank)
         try:
-            dcp.save(tensors, storage_writer=writer, no_dist=self._world.size == 1)
+            with _quiet():
+                dcp.save(tensors, storage_writer=writer, no_dist=self._world.size == 1)
         except CheckpointException as error:
             raise _first_cause(error, f"cannot save {folder}") from error
         part: Part = self._world.broadcast(writer.part)
@@ -226,11 +233,12 @@ def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Ten
         for name in absent:  # moments that were all zero are not stored
             tensors[name].zero_()
     try:
-        dcp.load(
-            {name: tensors[name] for name in sorted(index)},
-            storage_reader=PartReader(storage, part, index),
-            no_dist=no_dist,
-        )
+        with _quiet():
+            dcp.load(
+                {name: tensors[name] for name in sorted(index)},
+                storage_reader=PartReader(storage, part, index),
+                no_dist=no_dist,
+            )
     except CheckpointException as error:
         raise _first_cause(error, f"cannot load {part.folder}") from error
 
@@ -257,6 +265,14 @@ def _first_cause(error: CheckpointException, what: str) -> StorageError | Checkp
     rank, (cause, _) = min(error.failures.items())
     kind = StorageError if isinstance(cause, StorageError) else CheckpointError
     return kind(f"{what}: rank {rank}: {cause}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _versions() -> dict[str, str]:

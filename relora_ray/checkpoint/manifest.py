@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from relora_ray.errors import CheckpointError
+from relora_ray.errors import CheckpointError, ConfigError
 from relora_ray.storage import Storage
 
 FORMAT = 1
@@ -88,13 +88,14 @@ def list_manifests(storage: Storage) -> list[int]:
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
+    """The manifest at `step`. CheckpointError if it is damaged, ConfigError if another version's."""
     path = manifest_path(step)
     try:
         manifest = Manifest.model_validate_json(storage.get(path))
     except ValidationError as error:
         raise CheckpointError(f"{storage.url}/{path} is not a readable manifest: {error.errors()[0]['msg']}") from error
     if manifest.format != FORMAT:
-        raise CheckpointError(
+        raise ConfigError(
             f"{storage.url}/{path} has format {manifest.format}; this version reads {FORMAT}. Use the version that "
             f"wrote it ({manifest.versions.get('relora_ray')})."
         )

@@ -38,6 +38,7 @@ class LowRankLinear(nn.Module):
         in_features, out_features = self.weight.shape if self.transposed else reversed(self.weight.shape)
         self.scale = cfg.alpha / (math.sqrt(cfg.lora_rank) if cfg.rslora else cfg.lora_rank)
         self.dropout = cfg.dropout
+        self.training = linear.training
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.zeros(cfg.lora_rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, cfg.lora_rank, device=device))

@@ -1,0 +1,237 @@
+"""Checkpoints that are damaged, half-written, foreign or out of room. One process; ranks are in test_distributed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from relora_ray.checkpoint import list_manifests, newest_manifest, read_manifest
+from relora_ray.checkpoint import parts as parts_module
+from relora_ray.checkpoint.parts import read_index
+from relora_ray.config import RunConfig
+from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from relora_ray.runs import load_trained, run_storage
+from relora_ray.storage import Storage
+from tests.test_storage import small_disk  # noqa: F401
+from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
+
+
+@pytest.fixture
+def interrupted(cfg: RunConfig) -> RunConfig:
+    """Stopped after step 9: checkpoints at 0, 2, 3, 4, 6, 8, 9, whose newest base is from step 9."""
+    with pytest.raises(Crash):
+        run(cfg, crash_at(10, "train"))
+    assert list_manifests(run_storage(cfg)) == [0, 2, 3, 4, 6, 8, 9]
+    return cfg
+
+
+def part_files(cfg: RunConfig, step: int, kind: str) -> list[Path]:
+    manifest = read_manifest(run_storage(cfg), step)
+    part = manifest.base if kind == "base" else manifest.delta
+    assert part is not None
+    return [Path(run_storage(cfg).url, part.folder, o.path) for o in part.objects]
+
+
+def flip_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(bytes(raw))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("harm", [flip_bit, truncate, Path.unlink])
+@pytest.mark.parametrize("kind", ["base", "delta"])
+@pytest.mark.parametrize("file", [0, 1])
+def test_damaged_checkpoint_is_passed_over_and_named(
+    interrupted: RunConfig, harm, kind: str, file: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, records = run(interrupted.model_copy(update={"name": "whole"}))
+    harm(part_files(interrupted, 9, kind)[file])
+    with caplog.at_level(logging.WARNING):
+        state, after = run(interrupted)
+    assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
+    assert "the checkpoint at step 9 is set aside" in caplog.text
+    assert part_files(interrupted, 9, kind)[file].name in caplog.text
+    assert state_digest(state) == state_digest(whole)
+    assert losses(after) == {s: v for s, v in losses(records).items() if s > 8}
+    storage = run_storage(interrupted)
+    assert len([p for p in storage.list("damaged") if p.endswith("step-00000009.json")]) == 1
+    assert read_manifest(storage, 9).attempt.startswith("0002")
+
+
+def test_unreadable_manifest_is_passed_over(interrupted: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(run_storage(interrupted).url, "manifests/step-00000009.json")
+    path.write_text(path.read_text()[:50])
+    with caplog.at_level(logging.WARNING):
+        _, after = run(interrupted)
+    assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
+    assert "step-00000009.json is not a readable manifest" in caplog.text
+
+
+def test_parts_without_a_manifest_are_no_checkpoint(interrupted: RunConfig) -> None:
+    """What a crash between upload and commit leaves behind."""
+    Path(run_storage(interrupted).url, "manifests/step-00000009.json").unlink()
+    _, after = run(interrupted)
+    assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(interrupted: RunConfig) -> None:
+    for path in Path(run_storage(interrupted).url, "delta").rglob("*.safetensors"):
+        flip_bit(path)
+    before = run_storage(interrupted).list("manifests")
+    with pytest.raises(CheckpointError, match=r"none of the 7 checkpoints is whole; the newest: .*damaged"):
+        run(interrupted)
+    assert run_storage(interrupted).list("manifests") == before
+
+
+def test_base_is_written_once_per_cycle(interrupted: RunConfig) -> None:
+    storage = run_storage(interrupted)
+    bases = {s: read_manifest(storage, s).base for s in list_manifests(storage)}
+    assert bases[0] is None
+    assert bases[2] is None
+    folders = {s: b.folder.split("-")[1] for s, b in bases.items() if b is not None}
+    assert folders == {3: "00000003", 4: "00000003", 6: "00000006", 8: "00000006", 9: "00000009"}
+
+
+def test_nothing_stored_is_a_pickle(interrupted: RunConfig) -> None:
+    for path in run_storage(interrupted).list():
+        assert path.endswith((".json", ".jsonl", ".safetensors", ".yaml")), path
+        if path.endswith(".json"):
+            json.loads(run_storage(interrupted).get(path))
+
+
+def test_zero_moments_are_not_stored(cfg: RunConfig) -> None:
+    run(cfg)
+    storage = run_storage(cfg)
+    merged, inside = read_manifest(storage, 12), read_manifest(storage, 10)
+    stored = read_index(storage, merged.delta)
+    assert not [n for n in stored if "lora_" in n and n.endswith("exp_avg")]
+    assert [n for n in read_index(storage, inside.delta) if "lora_B" in n and n.endswith("exp_avg")]
+    assert merged.delta.size_bytes < inside.delta.size_bytes
+
+
+def test_retention_keeps_the_newest(data: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(data, tmp_path, "checkpoint.keep_last=2")
+    run(cfg)
+    storage = run_storage(cfg)
+    assert list_manifests(storage) == [10, 12]
+    assert {p.split("/")[1].split("-")[1] for p in storage.list("delta")} == {"00000010", "00000012"}
+    assert {p.split("/")[1].split("-")[1] for p in storage.list("base")} == {"00000009", "00000012"}
+
+
+def test_large_states_are_cut_into_files(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts_module, "MAX_FILE_BYTES", 100_000)
+    with pytest.raises(Crash):
+        run(cfg, crash_at(5, "train"))
+    assert len(part_files(cfg, 4, "delta")) > 4
+    state, _ = run(cfg)
+    whole, _ = run(cfg.model_copy(update={"name": "whole"}))
+    assert state_digest(state) == state_digest(whole)
+
+
+def test_full_disk_stops_the_run_and_loses_nothing(data: Path, small_disk: Path, tmp_path: Path) -> None:  # noqa: F811
+    """1 MB holds the first checkpoints only."""
+    cfg = tiny_config(data, small_disk)
+    with pytest.raises(StorageError, match=r"cannot save delta/step-0000000\d.*No space left on device.*keep_last"):
+        run(cfg)
+    kept = list_manifests(run_storage(cfg))
+    assert kept
+    moved = tmp_path / "larger"
+    shutil.copytree(small_disk, moved)
+    state, after = run(cfg.model_copy(update={"storage": str(moved)}))
+    assert next(r["step"] for r in after if r["kind"] == "attempt") == kept[-1]
+    whole, _ = run(cfg.model_copy(update={"storage": str(tmp_path), "name": "whole"}))
+    assert state_digest(state) == state_digest(whole)
+
+
+def test_second_commit_of_a_step_is_refused(cfg: RunConfig) -> None:
+    """Two drivers on one run: the later one stops, the earlier one's checkpoint stays."""
+
+    def interfere(record) -> None:
+        if record["kind"] == "train" and record["step"] == 4:
+            storage = run_storage(cfg)
+            newest = newest_manifest(storage)
+            assert newest is not None
+            storage.put(newest.model_copy(update={"step": 4}).path, newest.model_dump_json().encode())
+
+    with pytest.raises(CheckpointError, match=r"was committed by somebody else: two drivers are on one run"):
+        run(cfg, interfere)
+
+
+def test_run_of_another_config_is_refused_with_the_difference(
+    interrupted: RunConfig, data: Path, tmp_path: Path
+) -> None:
+    before = run_storage(interrupted).list()
+    other = tiny_config(data, tmp_path, "optimizer.learning_rate=5e-3", "seed=4")
+    with pytest.raises(ConfigError) as caught:
+        run(other)
+    assert "optimizer.learning_rate: 0.01 there, 0.005 here" in str(caught.value)
+    assert "seed: 3 there, 4 here" in str(caught.value)
+    assert "set another name" in str(caught.value)
+    assert run_storage(interrupted).list() == before
+
+
+def test_operational_keys_may_change_between_attempts(interrupted: RunConfig, data: Path, tmp_path: Path) -> None:
+    other = tiny_config(
+        data, tmp_path, "train.micro_batch_rows=6", "checkpoint.save_every_steps=5", "cluster.workers=3"
+    )
+    state, after = run(other)
+    assert state.position.step == 12
+    assert losses(after).keys() == {10, 11, 12}
+
+
+def test_other_data_is_refused(interrupted: RunConfig, data: Path, tmp_path: Path) -> None:
+    from relora_ray.data.tokens import read_index as read_data_index
+    from relora_ray.data.tokens import write_index
+
+    other = Path(shutil.copytree(data, tmp_path / "other-data"))
+    index = read_data_index(Storage(str(other)))
+    write_index(Storage(str(other)), index.model_copy(update={"end_token_id": 1}))
+    with pytest.raises(DataError, match=r"has fingerprint [0-9a-f]{16}, but the run needs [0-9a-f]{16}"):
+        run(tiny_config(other, tmp_path))
+
+
+def test_vocabulary_too_small_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model.vocab_size=2000 is less than the 2048 token ids.*vocab_size=2048"):
+        run(tiny_config(data, tmp_path, "model.vocab_size=2000"))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_load_trained_names_the_steps_there_are(interrupted: RunConfig) -> None:
+    url = run_storage(interrupted).url
+    assert load_trained(url).manifest.step == 9
+    assert load_trained(url, 2).manifest.step == 2
+    with pytest.raises(CheckpointError, match="no checkpoint at step 5. It has 0, 2, 3, 4, 6, 8, 9"):
+        load_trained(url, 5)
+    with pytest.raises(ConfigError, match="is not a run"):
+        load_trained(url + "/nowhere")
+
+
+def test_attempts_have_names_of_their_own(cfg: RunConfig) -> None:
+    with pytest.raises(Crash):
+        run(cfg, crash_at(3, "train"))
+    run(cfg)
+    storage = run_storage(cfg)
+    names = [p.removeprefix("metrics/").removesuffix(".jsonl") for p in storage.list("metrics")]
+    assert [n.split("-")[0] for n in names] == ["0001", "0002"]
+    assert read_manifest(storage, 0).attempt == names[0]
+    assert read_manifest(storage, 12).attempt == names[1]
+
+
+def test_state_of_another_shape_is_refused(interrupted: RunConfig) -> None:
+    """A checkpoint whose tensors do not fit the model says which."""
+    trained = load_trained(run_storage(interrupted).url, 9)
+    storage, manifest = run_storage(interrupted), trained.manifest
+    from relora_ray.checkpoint import restore_model
+
+    trained.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(CheckpointError, match=r"differ in tensors: model\.extra"):
+        restore_model(storage, manifest, trained.model, trained.method.frozen_names(trained.model))

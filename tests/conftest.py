@@ -1,0 +1,60 @@
+"""Fixtures: a small real dataset, and configs of tiny runs on it. Nothing is faked."""
+
+from __future__ import annotations
+
+import bz2
+import os
+from pathlib import Path
+
+import pytest
+
+# One thread per process: two cores serve several gloo ranks, and bits depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from relora_ray.config import RunConfig
+from relora_ray.data.prepare import Request, prepare
+from tests.tiny import tiny_config
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
+TOKENIZER = ROOT / "configs/quickstart/tokenizer"
+CHAPTERS = r"<\|endoftext\|>|(?i:chapter [ivxlc0-9]+)"
+
+
+@pytest.fixture(scope="session")
+def austen_excerpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 200,000 characters of the novels, as plain text."""
+    path = tmp_path_factory.mktemp("text") / "excerpt.txt"
+    path.write_text(bz2.decompress(AUSTEN.read_bytes()).decode()[:200_000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, austen_excerpt: Path) -> Path:
+    """A prepared dataset of about 50,000 tokens, in several shards."""
+    out = tmp_path_factory.mktemp("data") / "tokens"
+    prepare(
+        Request(
+            sources=(str(austen_excerpt),),
+            out=str(out),
+            tokenizer=str(TOKENIZER),
+            document_separator=CHAPTERS,
+            validation_fraction=0.2,
+            shard_tokens=10_000,
+            num_workers=1,
+        ),
+        quiet=True,
+    )
+    return out
+
+
+@pytest.fixture
+def cfg(data: Path, tmp_path: Path) -> RunConfig:
+    """ReLoRA: 3 warm-start updates and 3 cycles of 3."""
+    return tiny_config(data, tmp_path)

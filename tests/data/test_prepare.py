@@ -1,0 +1,222 @@
+"""Preparing data: every input format, splits by document, resuming, refusals. Real processes, real tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from relora_ray.data import prepare as prepare_module
+from relora_ray.data.prepare import Request, prepare
+from relora_ray.data.tokenizer import load_tokenizer, train_tokenizer
+from relora_ray.data.tokens import read_index
+from relora_ray.errors import ConfigError, DataError
+from relora_ray.storage import Storage
+from tests.conftest import TOKENIZER
+
+DOCUMENTS = [f"Document {i}. It was a truth universally acknowledged, {i} times.\n" * (1 + i % 4) for i in range(40)]
+
+
+def request(out: Path, *sources: Path | str, **settings: object) -> Request:
+    base = Request(
+        sources=tuple(map(str, sources)), out=str(out), tokenizer=str(TOKENIZER), validation_fraction=0.2, num_workers=1
+    )
+    return dataclasses.replace(base, **settings)
+
+
+def stream(out: Path, split: str) -> list[int]:
+    return np.concatenate([np.load(p) for p in sorted(out.glob(f"{split}-*.npy"))]).tolist()
+
+
+def decoded(out: Path, split: str) -> list[str]:
+    """The documents of a split, cut at the end token."""
+    tokenizer = load_tokenizer(str(out / "tokenizer"))
+    text = tokenizer.decode(stream(out, split))
+    assert text.endswith("<|endoftext|>")
+    return text.split("<|endoftext|>")[:-1]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "docs.txt"
+    path.write_text("<|endoftext|>\n".join(DOCUMENTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(request(out, text_file, shard_tokens=500), quiet=True)
+    return out
+
+
+def test_documents_survive_whole_and_once(prepared: Path) -> None:
+    train, validation = decoded(prepared, "train"), decoded(prepared, "validation")
+    assert sorted(train + validation) == sorted(DOCUMENTS)
+    assert train == [d for d in DOCUMENTS if d in train], "order is kept"
+    index = read_index(Storage(str(prepared)))
+    assert (index.splits["train"].num_documents, index.splits["validation"].num_documents) == (
+        len(train),
+        len(validation),
+    )
+    assert 2 <= len(validation) <= 16
+
+
+def test_shards_have_the_asked_length(prepared: Path) -> None:
+    lengths = [s.num_tokens for s in read_index(Storage(str(prepared))).splits["train"].shards]
+    assert len(lengths) > 2
+    assert set(lengths[:-1]) == {500}
+    assert 0 < lengths[-1] <= 500
+    assert not (prepared / "parts").exists()
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved", "batches"])
+def test_every_format_gives_the_same_tokens(form: str, prepared: Path, text_file: Path, tmp_path: Path) -> None:
+    settings: dict[str, object] = {"shard_tokens": 500}
+    source: Path | str = text_file
+    if form == "jsonl":
+        source = tmp_path / "docs.jsonl"
+        source.write_text("\n".join(json.dumps({"text": d}) for d in DOCUMENTS))
+    elif form == "parquet":
+        source = tmp_path / "docs.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS, "other": list(range(40))}), source)
+    elif form == "saved":
+        source = tmp_path / "saved"
+        datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(source))
+    else:  # many small batches over several processes must come out as one
+        settings |= {"batch_mb": 0.0005, "num_workers": 2}
+    index = prepare(request(tmp_path / "out", source, **settings), quiet=True)
+    assert index == read_index(Storage(str(prepared)))
+    assert stream(tmp_path / "out", "train") == stream(prepared, "train")
+
+
+def test_killed_run_resumes_without_tokenizing_again(
+    text_file: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run dies before it packs; the second must take its parts as they are."""
+    wanted = request(tmp_path / "out", text_file, shard_tokens=500, batch_mb=0.0005)
+
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_pack", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(wanted, quiet=True)
+    records = sorted((tmp_path / "out/parts").glob("*.json"))
+    assert len(records) > 4
+    records[1].unlink()  # one batch was under way
+    before = {p: p.stat().st_mtime_ns for p in records if p.exists()}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.Storage, "delete", lambda self, prefix: None)  # keep the parts to look at
+        prepare(wanted, quiet=True)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert records[1].exists()
+    assert stream(tmp_path / "out", "train") == stream(prepared, "train")
+
+
+def test_parts_of_other_text_are_not_taken(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_pack", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(request(out, text_file), quiet=True)
+    changed = tmp_path / "changed.txt"
+    changed.write_text(text_file.read_text().replace("truth", "lie"))
+    prepare(request(out, changed), quiet=True)
+    assert all("lie" in d for d in decoded(out, "train"))
+
+
+def test_equal_documents_never_fall_on_both_sides(tmp_path: Path) -> None:
+    source = tmp_path / "twice.txt"
+    source.write_text("<|endoftext|>\n".join(DOCUMENTS * 2))
+    prepare(request(tmp_path / "out", source), quiet=True)
+    assert not set(decoded(tmp_path / "out", "train")) & set(decoded(tmp_path / "out", "validation"))
+
+
+def test_named_validation_sources_are_held_out_whole(text_file: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text("Held out.\n")
+    prepare(request(tmp_path / "out", text_file, validation_sources=(str(held),)), quiet=True)
+    assert decoded(tmp_path / "out", "validation") == ["Held out.\n"]
+    assert len(decoded(tmp_path / "out", "train")) == 40
+
+
+def test_fingerprint_changes_with_text_and_tokenizer(prepared: Path, text_file: Path, tmp_path: Path) -> None:
+    same = read_index(Storage(str(prepared))).fingerprint
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(text_file.read_text().replace("7", "8"))
+    assert prepare(request(tmp_path / "a", other_text, shard_tokens=500), quiet=True).fingerprint != same
+    train_tokenizer(DOCUMENTS, vocab_size=300, out=str(tmp_path / "tokenizer"))
+    other = request(tmp_path / "b", text_file, shard_tokens=500, tokenizer=str(tmp_path / "tokenizer"))
+    assert prepare(other, quiet=True).fingerprint != same
+
+
+def test_tokenizer_json_needs_its_end_token_named(text_file: Path, tmp_path: Path) -> None:
+    plain = str(TOKENIZER / "tokenizer.json")
+    with pytest.raises(DataError, match=r"no end token.*--end-token"):
+        prepare(request(tmp_path / "a", text_file, tokenizer=plain), quiet=True)
+    prepare(request(tmp_path / "a", text_file, tokenizer=plain, end_token="<|endoftext|>"), quiet=True)
+
+
+def test_large_vocabularies_use_uint32(text_file: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(TOKENIZER))
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(70_000)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    index = prepare(request(tmp_path / "out", text_file, tokenizer=str(tmp_path / "large")), quiet=True)
+    assert (index.dtype, index.vocab_size) == ("uint32", 72_048)
+    assert np.load(tmp_path / "out/train-00000.npy").dtype == np.uint32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sources": ("/nowhere.txt",)}, "nowhere.txt: cannot be read as text"),
+        ({"sources": ("/nowhere/at/all",)}, "does not exist, and is not of the form of a hub name"),
+        ({"tokenizer": "/nowhere"}, "tokenizer '/nowhere' cannot be loaded"),
+        ({"validation_fraction": 1e-9}, "none of 40 documents fell to validation"),
+        ({"text_field": "txt", "form": "jsonl"}, "is not JSON"),
+    ],
+)
+def test_bad_sources_are_named(settings: dict[str, object], message: str, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare(request(tmp_path / "out", text_file, **settings), quiet=True)
+    assert not (tmp_path / "out/index.json").exists()
+
+
+def test_wrong_field_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "docs.jsonl"
+    source.write_text('{"content": "x"}\n')
+    with pytest.raises(
+        DataError, match=r"docs.jsonl:1 has no text in field 'text' \(it has content\). Set --text-field"
+    ):
+        prepare(request(tmp_path / "out", source), quiet=True)
+
+
+def test_bad_settings_are_refused(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--validation-fraction=2"):
+        prepare(request(tmp_path / "out", text_file, validation_fraction=2.0), quiet=True)
+    with pytest.raises(ConfigError, match="no regular expression"):
+        prepare(request(tmp_path / "out", text_file, document_separator="("), quiet=True)
+
+
+def test_existing_data_is_not_overwritten(prepared: Path, text_file: Path) -> None:
+    with pytest.raises(DataError, match="already holds a dataset"):
+        prepare(request(prepared, text_file), quiet=True)
+
+
+def test_compressed_text_reads_the_same(text_file: Path, prepared: Path, tmp_path: Path) -> None:
+    import gzip
+
+    packed = tmp_path / "docs.txt.gz"
+    packed.write_bytes(gzip.compress(text_file.read_bytes()))
+    assert (
+        prepare(request(tmp_path / "out", packed, shard_tokens=500), quiet=True).splits
+        == read_index(Storage(str(prepared))).splits
+    )

@@ -1,0 +1,144 @@
+"""What every registered method must keep. A new method joins by one entry in CASES."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from relora_ray.checkpoint.checkpointer import split_state
+from relora_ray.config import RunConfig
+from relora_ray.loop import open_batches
+from relora_ray.methods import METHODS, build_method
+from relora_ray.parallel import World
+from relora_ray.runs import new_model
+from relora_ray.storage import Storage
+from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
+
+PLAIN = {"kind": "cosine", "warmup_steps": 1}
+JAGGED = {"kind": "jagged_cosine", "warmup_steps": 1, "restart_warmup_steps": 1}
+LORA = {"kind": "lora", "lora_rank": 4, "alpha": 8}
+RELORA = {"kind": "relora", "lora_rank": 4, "alpha": 8, "merge_every_steps": 3}
+
+CASES = {
+    "full": ({"kind": "full"}, PLAIN),
+    "lora": (LORA, PLAIN),
+    "lora-warm": ({**LORA, "warm_start_steps": 3}, PLAIN),
+    "relora": (RELORA, JAGGED),
+    "relora-warm": ({**RELORA, "warm_start_steps": 3}, JAGGED),
+    "relora-magnitude": ({**RELORA, "reset": {"kind": "magnitude", "ratio": 0.8}}, JAGGED),
+    "relora-random": ({**RELORA, "reset": {"kind": "random", "adam_step": "keep"}}, JAGGED),
+    "relora-none": ({**RELORA, "reset": {"kind": "none"}}, JAGGED),
+    "relora-gain-dropout": ({**RELORA, "trainable_scaling": True, "dropout": 0.1, "warm_start_steps": 3}, JAGGED),
+}
+
+
+@pytest.fixture(params=CASES)
+def cfg(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> RunConfig:
+    method, schedule = CASES[request.param]
+    return tiny_config(data, tmp_path, method=method, schedule=schedule)
+
+
+def test_every_registered_method_has_a_case() -> None:
+    kinds = {method["kind"] for method, _ in CASES.values()}
+    assert {c.model_fields["kind"].default for c in METHODS} == kinds
+
+
+def test_first_step_moves_every_layer(cfg: RunConfig) -> None:
+    """Some trainable tensor of every module that has any gets a gradient that is not all zero."""
+    method = build_method(cfg)
+    model = new_model(cfg)
+    method.adapt(model, 0)
+    batch = open_batches(cfg, World()).train.step(0)[0]
+    model(input_ids=batch.inputs, labels=batch.inputs).loss.backward()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own:
+            assert any(p.grad is not None and bool(p.grad.any()) for p in own), name
+
+
+def test_interrupted_equals_uninterrupted_bitwise_at_every_step(cfg: RunConfig, tmp_path: Path) -> None:
+    whole, records = run(cfg.model_copy(update={"name": "whole"}))
+    expected, final = losses(records), state_digest(whole)
+    boundaries = {r["step"]: r["digest"] for r in records if r["kind"] == "boundary"}
+    phases = ["train", "checkpoint"] if cfg.method.kind == "full" else ["train", "boundary", "checkpoint"]
+    for step in range(1, 13):
+        for phase in phases:
+            if not any(r["kind"] == phase and r["step"] == step for r in records):
+                continue
+            broken = cfg.model_copy(update={"name": f"broken-{phase}-{step}"})
+            with pytest.raises(Crash):
+                run(broken, crash_at(step, phase))
+            state, after = run(broken)
+            resumed_at = next(r["step"] for r in after if r["kind"] == "attempt")
+            assert resumed_at <= step
+            assert losses(after) == {s: loss for s, loss in expected.items() if s > resumed_at}
+            assert {r["step"]: r["digest"] for r in after if r["kind"] == "boundary"}.items() <= boundaries.items()
+            assert state_digest(state) == final, f"{phase} {step}"
+
+
+def test_boundary_keeps_the_function(cfg: RunConfig) -> None:
+    """Switching and merging change how the weights are held, not what they compute."""
+    method = build_method(cfg)
+    ids = open_batches(cfg, World()).validation.step(0)[0].inputs
+    for boundary in (s for s in range(1, 13) if method.is_boundary(s)):
+        model = new_model(cfg).eval()
+        method.adapt(model, boundary - 1)
+        optimizer = method.build_optimizer(model)
+        with torch.no_grad():
+            for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter.add_(noise, alpha=0.1)
+            before = model(input_ids=ids).logits
+            report = method.on_boundary(model, optimizer, boundary)
+            after = model(input_ids=ids).logits
+        assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+        assert report.num_layers == 14
+
+
+def test_export_equals_the_live_model(cfg: RunConfig) -> None:
+    state, _ = run(cfg)
+    folder = f"{cfg.storage}/{cfg.name}/model"
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = open_batches(cfg, World()).validation.step(0)[0].inputs
+    with torch.no_grad():
+        ours, theirs = state.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 2048
+
+
+def test_base_and_delta_hold_everything_once(cfg: RunConfig) -> None:
+    method = build_method(cfg)
+    model = new_model(cfg)
+    method.adapt(model, 12)
+    optimizer = method.build_optimizer(model)
+    frozen = method.frozen_names(model)
+    base, delta = split_state(model, optimizer, frozen)
+    assert {n.removeprefix("model.") for n in base} == {n for n, p in model.named_parameters() if not p.requires_grad}
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert {n for n in delta if n.startswith("model.")} == {f"model.{n}" for n in trainable}
+    assert len([n for n in delta if n.startswith("optimizer.")]) == 3 * len(trainable)
+
+
+def test_boundaries_are_a_function_of_the_step(cfg: RunConfig) -> None:
+    method = build_method(cfg)
+    warm = cfg.warm_start_steps
+    expected = {warm} - {0}
+    if cfg.method.kind == "relora":
+        expected |= set(range(warm + 3, 13, 3))
+    assert {s for s in range(13) if method.is_boundary(s)} == expected
+    assert [method.last_boundary(s) for s in range(13)] == [
+        max((b for b in expected if b <= s), default=0) for s in range(13)
+    ]
+
+
+def test_finished_run_is_left_alone(cfg: RunConfig) -> None:
+    first, _ = run(cfg)
+    again, records = run(cfg)
+    assert state_digest(first) == state_digest(again)
+    assert {r["kind"] for r in records} == {"attempt", "end"}
+    assert Storage(f"{cfg.storage}/{cfg.name}").exists("model/config.json")

@@ -1,0 +1,142 @@
+"""Configs: loading, overrides, and messages with key, value, rule and fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from relora_ray.config import load_config, parse_config, to_yaml
+from relora_ray.errors import ConfigError
+from relora_ray.sizes import LLAMA_SIZES
+from tests.tiny import TINY
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_shipped_config_loads(path: Path) -> None:
+    cfg = load_config(path)
+    if path.parent.name in ("full", "lora", "relora"):
+        assert cfg.method.kind == path.parent.name
+        assert cfg.model.size == path.stem
+        assert cfg.name == f"{path.parent.name}-{path.stem}"
+
+
+def test_every_size_ships_for_every_method() -> None:
+    shipped = {(p.parent.name, p.stem) for p in SHIPPED}
+    assert {(m, s) for m in ("full", "lora", "relora") for s in LLAMA_SIZES} <= shipped
+
+
+def test_overrides_change_keys_and_leave_the_rest() -> None:
+    plain, changed = parse_config(TINY), parse_config(TINY, ["optimizer.learning_rate=3e-4", "seed=9"])
+    assert changed.optimizer.learning_rate == 3e-4
+    assert changed.seed == 9
+    assert changed.model == plain.model
+
+
+def test_yaml_round_trip() -> None:
+    cfg = parse_config(TINY)
+    assert parse_config(to_yaml(cfg)) == cfg
+
+
+def test_config_is_frozen() -> None:
+    cfg = parse_config(TINY)
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.steps = 5  # type: ignore[misc]
+
+
+def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
+    first = parse_config(TINY)
+    operational = ["cluster.workers=4", "train.micro_batch_rows=2", "checkpoint.save_every_steps=5", "name=other"]
+    assert parse_config(TINY, operational).identity() == first.identity()
+    for item in ("seed=4", "method.lora_rank=2", "optimizer.beta2=0.9", "global_batch_rows=3", "data.seq_len=8"):
+        assert parse_config(TINY, [item]).identity() != first.identity(), item
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optimzer.learning_rate=1"], ["unknown key optimzer", "Did you mean 'optimizer'?"]),
+        (["method.lora_rnk=8"], ["unknown key method.lora_rnk=8", "Did you mean 'lora_rank'?"]),
+        (["train.micro_batch=8"], ["unknown key train.micro_batch=8", "Did you mean 'micro_batch_rows'?"]),
+        (["method.reset.knd=zero"], ["unknown key method.reset.knd", "Did you mean 'kind'?"]),
+        (["method.kind=rellora"], ["method.kind='rellora'", "Did you mean 'relora'?"]),
+        (["model.size=61m"], ["model.size='61m'", "Did you mean '60m'?"]),
+        (["steps=many"], ["steps='many'", "valid integer", "Optimizer updates in the whole run"]),
+        (["optimizer.learning_rate=-1"], ["optimizer.learning_rate=-1", "greater than 0"]),
+        (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate=nan", "finite"]),
+        (["method.reset.ratio=1.5"], ["method.reset.ratio=1.5", "less than 1"]),
+        (["method.lora_rank=33"], ["method.lora_rank=33 is more than 32", "Use a rank of at most 32"]),
+        (["method.target_modules=[q_proj,v_prj]"], ["'v_prj'", "Did you mean 'v_proj'?"]),
+        (["method.target_modules=[]"], ["method.target_modules is empty"]),
+        (["method.merge_every_steps=4"], ["method.merge_every_steps=4 does not divide the 9 steps", "use steps=11"]),
+        (["method.warm_start_steps=12"], ["method.warm_start_steps=12 is not less than steps=12"]),
+        (["method.warm_start_steps=50"], ["method.warm_start_steps=50 is not less than steps=12"]),
+        (["train.micro_batch_rows=4"], ["global_batch_rows=6", "train.micro_batch_rows=4", "micro_batch_rows=3"]),
+        (["schedule.restart_every_steps=4"], ["schedule.restart_every_steps=4", "not a multiple", "use 3 or 6"]),
+        (["schedule.restart_warmup_steps=3"], ["schedule.restart_warmup_steps=3 is not less than the 3 steps"]),
+        (["schedule.warmup_steps=4"], ["schedule.warmup_steps=4 is longer than the 3 steps"]),
+        (["schedule.kind=linear"], ["schedule.restart_warmup_steps=1 have no effect with schedule.kind=linear"]),
+        (["model.num_heads=5"], ["model.hidden_size=32 with model.num_heads=5"]),
+        (["model.huggingface=gpt2"], ["model.hidden_size=32 is given together with model.huggingface='gpt2'"]),
+        (["name=a/b"], ["name='a/b'", "pattern"]),
+        (["storage=s3://key:secret@bucket/x"], ["must not carry credentials"]),
+        (["steps"], ["override 'steps' is not of the form key=value"]),
+        (["seed.x=1"], ["'seed' is a value, not a section"]),
+    ],
+)
+def test_error_names_value_rule_and_fix(overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TINY, overrides)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_secret_in_a_storage_url_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TINY, ["storage=s3://key:secret@bucket/x", "strage=s3://key:secret@bucket/x"])
+    assert "unknown key strage='s3://***@bucket/x'" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TINY, ["steps=x", "optimizer.betta1=1"])
+    assert "steps='x'" in str(caught.value)
+    assert "optimizer.betta1" in str(caught.value)
+
+
+def test_missing_key_and_missing_file() -> None:
+    with pytest.raises(ConfigError, match="steps is missing: it has no default"):
+        parse_config("name: x\nglobal_batch_rows: 1\n")
+    with pytest.raises(ConfigError, match=r"'nowhere\.yaml' cannot be read: No such file"):
+        load_config("nowhere.yaml")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        parse_config("- 1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_config("a: [1\n")
+
+
+def test_method_without_merges_takes_no_merge_keys() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key method\.merge_every_steps=3"):
+        parse_config(TINY, ["method.kind=lora"])
+
+
+def test_typo_is_refused_without_torch_or_ray(tmp_path: Path) -> None:
+    """In under a second on an idle machine; what makes it so is that neither library is imported."""
+    (tmp_path / "run.yaml").write_text(TINY)
+    command = [sys.executable, "-X", "importtime", "-m", "relora_ray.launch", str(tmp_path / "run.yaml"), "stepps=3"]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    took = time.perf_counter() - began
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "ConfigError: unknown key stepps=3. Did you mean 'steps'?" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert not {"torch", "ray", "transformers"} & imported
+    print(f"refused in {took:.2f} s")

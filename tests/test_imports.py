@@ -1,0 +1,91 @@
+"""Who may import whom: DESIGN's ranks, and the core without Ray."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "relora_ray"
+
+RANKS = {
+    "errors": 0, "keyed": 0, "sizes": 0,
+    "config": 1, "storage": 1, "data.order": 1,
+    "schedule": 2, "model": 2, "optim": 2, "parallel": 2, "metrics": 2,
+    "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
+    "runs": 4, "loop": 5,
+    "runtime": 6,
+    "progress": 7, "launch": 7, "report": 7, "export": 7,
+    "data.prepare": 7, "data.documents": 7, "data.tokenizer": 7,
+}  # fmt: skip
+
+LIBRARIES = {
+    "torch": 2, "transformers": 2, "safetensors": 2, "datasets": 3, "pyarrow": 3, "ray": 6, "pydantic": 1, "yaml": 1,
+    "numpy": 1, "fsspec": 1,
+}  # fmt: skip
+
+
+def room(module: str) -> str:
+    """`relora_ray.methods.lora` -> `methods`; modules of data/ have rooms of their own."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[:2]) if parts[0] == "data" and len(parts) > 1 else parts[0]
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [n if n.count(".") == 1 and n.startswith("relora_ray.") else str(node.module) for n in names]
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if name not in ("relora_ray", "relora_ray.data"):
+            found.append((name, path))
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
+def test_module_imports_lower_ranks_only(name: str, path: Path) -> None:
+    mine = room(name)
+    for imported in imports(path):
+        top = imported.split(".")[0]
+        if top == "relora_ray" and imported not in ("relora_ray", "relora_ray.__version__"):
+            other = room(imported)
+            package = mine.split(".")[0]
+            fine = RANKS[other] < RANKS[mine] or (package == other.split(".")[0] and RANKS[other] == RANKS[mine])
+            # Entry points may use each other's functions: launch prints report's summary.
+            assert fine or RANKS[mine] == RANKS[other] == 7, f"{name} (rank {RANKS[mine]}) imports {imported}"
+        elif top in LIBRARIES:
+            assert LIBRARIES[top] <= RANKS[mine], f"{name} (rank {RANKS[mine]}) imports {top}"
+        if top == "ray":
+            assert mine == "runtime"
+        if top in ("fsspec", "s3fs"):
+            assert mine in ("storage", "data.documents")
+
+
+def test_core_trains_with_ray_not_installed(data: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.modules["ray"] = None  # every import of it fails
+from pathlib import Path
+from tests.tiny import run, tiny_config
+state, records = run(tiny_config(Path({str(data)!r}), Path({str(tmp_path)!r})))
+assert state.position.step == 12
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tiny_config(data, tmp_path).name == "tiny"

@@ -1,0 +1,73 @@
+"""Configs of runs that take a second, and ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relora_ray.config import RunConfig, parse_config
+from relora_ray.loop import TrainState, run_attempt
+from relora_ray.metrics import Record
+from relora_ray.parallel import World, digest
+from relora_ray.runs import claim
+
+TINY = """
+name: tiny
+storage: runs
+seed: 3
+steps: 12
+global_batch_rows: 6
+model: {hidden_size: 32, intermediate_size: 48, num_layers: 2, num_heads: 2, vocab_size: 2048}
+data: {path: data, seq_len: 24}
+method: {kind: relora, lora_rank: 4, alpha: 8, warm_start_steps: 3, merge_every_steps: 3}
+optimizer: {learning_rate: 1.0e-2, weight_decay: 0.01}
+schedule: {kind: jagged_cosine, warmup_steps: 1, restart_warmup_steps: 1}
+train: {micro_batch_rows: 3, eval_rows: 5}
+checkpoint: {save_every_steps: 2, keep_last: 100}
+"""
+
+
+def tiny_config(data: Path, folder: Path, *overrides: str, **sections: Any) -> RunConfig:
+    """The tiny run under `folder`; `sections` replace whole sections of the YAML."""
+    raw = yaml.safe_load(TINY) | sections
+    return parse_config(yaml.safe_dump(raw), [f"storage={folder}", f"data.path={data}", *overrides])
+
+
+class Crash(Exception):
+    """Stands for a process that dies."""
+
+
+def crash_at(step: int, kind: str) -> Callable[[Record], None]:
+    """Die at the record of this kind and step."""
+
+    def on_record(record: Record) -> None:
+        if record["kind"] == kind and record["step"] == step:
+            raise Crash(f"{kind} {step}")
+
+    return on_record
+
+
+def run(cfg: RunConfig, on_record: Callable[[Record], None] | None = None) -> tuple[TrainState, list[Record]]:
+    """One attempt in this process: its final state, and its records."""
+    records: list[Record] = []
+
+    def collect(record: Record) -> None:
+        records.append(record)
+        if on_record is not None:
+            on_record(record)
+
+    return run_attempt(claim(cfg), World(), on_record=collect), records
+
+
+def losses(records: list[Record]) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+
+
+def state_digest(state: TrainState) -> int:
+    """Of all weights and all optimizer state, bit by bit."""
+    tensors = [p.detach() for p in state.model.parameters()]
+    tensors += [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
+    return digest(tensors)
