@@ -209,7 +209,7 @@ def test_load_trained_names_the_steps_there_are(interrupted: RunConfig) -> None:
     url = run_storage(interrupted).url
     assert load_trained(url).manifest.step == 9
     assert load_trained(url, 2).manifest.step == 2
-    with pytest.raises(CheckpointError, match="no checkpoint at step 5. It has 0, 2, 3, 4, 6, 8, 9"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at step 5\. It has 0, 2, 3, 4, 6, 8, 9"):
         load_trained(url, 5)
     with pytest.raises(ConfigError, match="is not a run"):
         load_trained(url + "/nowhere")

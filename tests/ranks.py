@@ -1,0 +1,57 @@
+"""Real processes with gloo: `run_ranks(2, function, *args)` returns what `function` returned on every rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def _main(
+    function: Callable[..., Any], rank: int, world_size: int, folder: str, results: Any, args: tuple[Any, ...]
+) -> None:
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=120),
+        )
+        results.put((rank, function(*args), None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_main, args=(function, rank, world_size, folder, results, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            gathered = {}
+            for _ in processes:
+                rank, value, error = results.get(timeout=300)
+                assert error is None, f"rank {rank}:\n{error}"
+                gathered[rank] = value
+        finally:
+            for process in processes:
+                process.join(30)
+                process.kill()
+    return [gathered[rank] for rank in range(world_size)]

@@ -1,0 +1,275 @@
+"""The loop in one process: accumulation, non-finite steps, precision, evaluation, starts from other weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from relora_ray import loop
+from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.config import RunConfig
+from relora_ray.errors import ConfigError, NonFiniteError
+from relora_ray.loop import evaluate, open_batches
+from relora_ray.metrics import read, read_all
+from relora_ray.model import build_model
+from relora_ray.parallel import World
+from relora_ray.runs import load_trained, run_storage
+from relora_ray.schedule import lr_multiplier
+from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
+
+
+@pytest.mark.parametrize("micro", [1, 2, 6])
+def test_accumulation_changes_only_rounding(data: Path, tmp_path: Path, micro: int) -> None:
+    _, whole = run(tiny_config(data, tmp_path, "name=whole"))
+    _, parts = run(tiny_config(data, tmp_path, "name=parts", f"train.micro_batch_rows={micro}"))
+    for step, loss in losses(whole).items():
+        assert losses(parts)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_loss_is_the_mean_over_all_tokens_of_the_batch(cfg: RunConfig) -> None:
+    _, records = run(cfg)
+    model = build_model(cfg.model, seq_len=24, seed=cfg.seed)
+    total = 0.0
+    with torch.no_grad():
+        for batch in open_batches(cfg, World()).train.step(0):
+            logits = model(input_ids=batch.inputs).logits
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+            )
+    assert losses(records)[1] == pytest.approx(total / (6 * 24), rel=1e-6)
+
+
+def test_loss_falls_and_the_schedule_is_followed(cfg: RunConfig) -> None:
+    _, records = run(cfg)
+    trained = [r for r in records if r["kind"] == "train"]
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.3
+    for record in trained:
+        assert record["learning_rate"] == pytest.approx(0.01 * lr_multiplier(record["step"] - 1, cfg))
+        assert record["tokens"] == record["step"] * 6 * 24
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, cfg: RunConfig, steps: set[int]) -> None:
+    """Make the loss of these updates nan, as bad data or an overflow would."""
+    original = loop._accumulate_gradients
+
+    def accumulate(cfg, world, wrapped, batches, step):  # type: ignore[no-untyped-def]
+        loss = original(cfg, world, wrapped, batches, step)
+        if step not in steps:
+            return loss
+        for parameter in wrapped.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+        return math.nan
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", accumulate)
+
+
+def test_skipped_step_leaves_weights_and_shifts_nothing(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [r for r in run(cfg.model_copy(update={"name": "plain"}))[1] if r["kind"] == "boundary"]
+    poison(monkeypatch, cfg, {5, 7})
+    state, records = run(cfg)
+    trained = {r["step"]: r for r in records if r["kind"] == "train"}
+    assert [s for s, r in trained.items() if not math.isfinite(r["loss"])] == [6, 8]
+    assert trained[12]["skipped_steps"] == 2
+    assert [r["step"] for r in records if r["kind"] == "boundary"] == [r["step"] for r in plain] == [3, 6, 9, 12]
+    for step, record in trained.items():
+        assert record["learning_rate"] == pytest.approx(0.01 * lr_multiplier(step - 1, cfg))
+    assert all(bool(p.isfinite().all()) for p in state.model.parameters())
+    embedding = state.model.get_input_embeddings().weight
+    assert float(state.optimizer.state[embedding]["step"]) == 10
+
+
+def test_resume_after_skipped_steps_is_bitwise(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, cfg, {2, 3, 6})
+    whole, _ = run(cfg.model_copy(update={"name": "whole"}))
+    for step in (4, 7):
+        broken = cfg.model_copy(update={"name": f"broken-{step}"})
+        with pytest.raises(Crash):
+            run(broken, crash_at(step, "train"))
+        state, after = run(broken)
+        assert state_digest(state) == state_digest(whole)
+        assert state.position == whole.position
+        assert {r["step"]: r["skipped_steps"] for r in after if r["kind"] == "train"}[12] == 3
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny_config(data, tmp_path, "train.max_nonfinite_steps=2")
+    poison(monkeypatch, cfg, {1, 2, 4, 6, 7, 8})
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 8, .*train.max_nonfinite_steps=2 allows"):
+        run(cfg)
+    assert list_manifests(run_storage(cfg))[-1] == 8
+
+
+def test_real_divergence_ends_with_a_named_error(data: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(
+        data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=3"
+    )
+    with pytest.raises(NonFiniteError, match=r"Lower optimizer\.learning_rate"):
+        run(cfg)
+
+
+def test_bf16_trains_like_fp32_and_keeps_weights_in_fp32(data: Path, tmp_path: Path) -> None:
+    _, exact = run(tiny_config(data, tmp_path, "name=fp32"))
+    state, rounded = run(tiny_config(data, tmp_path, "name=bf16", "train.precision=bf16"))
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+    assert losses(rounded) != losses(exact)
+    for step, loss in losses(exact).items():
+        assert losses(rounded)[step] == pytest.approx(loss, rel=0.01)  # bf16 has 8 bits
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
+)
+def test_compiled_trains_the_same(data: Path, tmp_path: Path) -> None:
+    short = ["steps=6", "method.warm_start_steps=0", "model.num_layers=1"]
+    _, plain = run(tiny_config(data, tmp_path, "name=plain", *short))
+    _, compiled = run(tiny_config(data, tmp_path, "name=compiled", "train.compile=true", *short))
+    for step, loss in losses(plain).items():
+        assert losses(compiled)[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_warm_start_keeps_the_moments_of_what_stays_trained(cfg: RunConfig) -> None:
+    """Parameters that are trained on both sides of the switch have been stepped every time."""
+    state, _ = run(cfg)
+    steps = {n: float(state.optimizer.state[p]["step"]) for n, p in state.model.named_parameters() if p.requires_grad}
+    assert {v for n, v in steps.items() if "lora_" not in n} == {12.0}
+    assert {v for n, v in steps.items() if "lora_" in n} == {0.0}, "the last merge reset them"
+
+
+def test_evaluation_counts_the_asked_rows_once(cfg: RunConfig) -> None:
+    state, records = run(cfg)
+    data = open_batches(cfg, World())
+    record = evaluate(cfg, World(), state, data.validation)
+    assert record["tokens"] == 5 * 24
+    assert record["loss"] == [r for r in records if r["kind"] == "eval"][-1]["loss"]
+    assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    assert state.model.training
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3, 12]
+
+
+def test_evaluation_does_not_change_the_run(data: Path, tmp_path: Path) -> None:
+    often, _ = run(tiny_config(data, tmp_path, "name=often", "train.eval_every_steps=1"))
+    seldom, _ = run(tiny_config(data, tmp_path, "name=seldom"))
+    assert state_digest(often) == state_digest(seldom)
+
+
+def test_several_epochs_work(data: Path, tmp_path: Path) -> None:
+    cfg = tiny_config(data, tmp_path, "data.seq_len=2000", "train.eval_rows=1", "model.num_layers=1")
+    assert open_batches(cfg, World()).train._rows.num_rows < 6 * 12
+    state, _ = run(cfg)
+    assert state.position.step == 12
+
+
+def test_metrics_are_plain_json_with_every_step_once(cfg: RunConfig) -> None:
+    with pytest.raises(Crash):
+        run(cfg, crash_at(7, "train"))
+    run(cfg)
+    storage = run_storage(cfg)
+    assert [r["step"] for r in read(storage, "train")] == list(range(1, 13))
+    assert [a["attempt"][:4] for a in read_all(storage, "attempt")] == ["0001", "0002"]
+    for path in storage.list("metrics"):
+        for line in storage.get(path).decode().splitlines():
+            assert json.loads(line)["kind"]
+
+
+def test_init_from_a_run_begins_where_it_ended(cfg: RunConfig, data: Path, tmp_path: Path) -> None:
+    first, records = run(cfg)
+    ended_at = [r for r in records if r["kind"] == "eval"][-1]["loss"]
+    second = tiny_config(data, tmp_path, "name=second", f"model.init_from={run_storage(cfg).url}")
+    _, records = run(second)
+    assert next(r for r in records if r["kind"] == "eval")["loss"] == pytest.approx(ended_at, rel=1e-6)
+    early = tiny_config(data, tmp_path, "name=early", f"model.init_from={run_storage(cfg).url}@4")
+    dense = load_trained(run_storage(cfg).url, 4)
+    expected = dense.method.dense_state_dict(dense.model)["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(Crash):
+        run(early, crash_at(0, "checkpoint"))
+    began = load_trained(run_storage(early).url, 0).model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(began, expected)
+    assert first.position.step == 12
+
+
+def test_init_from_a_hugging_face_folder(cfg: RunConfig, data: Path, tmp_path: Path) -> None:
+    run(cfg)
+    folder = f"{run_storage(cfg).url}/model"
+    second = tiny_config(data, tmp_path, "name=second", f"model.init_from={folder}")
+    with pytest.raises(Crash):
+        run(second, crash_at(0, "checkpoint"))
+    began = load_trained(run_storage(second).url, 0).model.state_dict()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(began[n], t) for n, t in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "message"),
+    [
+        ("", "model.num_layers=1", r"has 'model\.layers\.1\.\S+', which the model lacks"),
+        ("", "model.num_layers=3", r"has no tensor 'model\.layers\.2\.\S+' \(9 missing\)"),
+        ("", "model.intermediate_size=44", r"has shape \(48, 32\), the model \(44, 32\)|has shape"),
+        ("@5", "seed=3", r"has no checkpoint at step 5. It has 0, 2"),
+        ("/nothing", "seed=3", r"model.init_from='.*/nothing' is not a readable Hugging Face model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    cfg: RunConfig, data: Path, tmp_path: Path, source: str, change: str, message: str
+) -> None:
+    run(cfg)
+    second = tiny_config(data, tmp_path, "name=second", f"model.init_from={run_storage(cfg).url}{source}", change)
+    with pytest.raises(Exception, match=message):
+        run(second)
+    assert not list_manifests(run_storage(second))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "qwen"])
+def test_any_causal_model_trains_merges_and_exports(name: str, data: Path, tmp_path: Path) -> None:
+    settings = {
+        "gpt2": transformers.GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        "pythia": transformers.GPTNeoXConfig(
+            vocab_size=2100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        ),
+        "qwen": transformers.Qwen2Config(
+            vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+    }[name]  # fmt: skip
+    settings.save_pretrained(tmp_path / "architecture")
+    cfg = tiny_config(data, tmp_path, model={"huggingface": str(tmp_path / "architecture")})
+    with pytest.raises(Crash):
+        run(cfg, crash_at(7, "train"))
+    state, records = run(cfg)
+    whole, _ = run(cfg.model_copy(update={"name": "whole"}))
+    assert state_digest(state) == state_digest(whole)  # GPT-2 has dropout of its own: keyed, so resumable
+    assert next(r["step"] for r in records if r["kind"] == "attempt") == 6
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(
+        f"{run_storage(cfg).url}/model", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = open_batches(cfg, World()).validation.step(0)[0].inputs
+    with torch.no_grad():
+        ours, theirs = state.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def test_row_longer_than_the_positions_is_refused(data: Path, tmp_path: Path) -> None:
+    transformers.GPT2Config(vocab_size=2048, n_embd=32, n_layer=1, n_head=4, n_positions=16).save_pretrained(
+        tmp_path / "a"
+    )
+    cfg = tiny_config(data, tmp_path, model={"huggingface": str(tmp_path / "a")})
+    with pytest.raises(ConfigError, match=r"data.seq_len=24 is more than the 16 positions"):
+        run(cfg)
+
+
+def test_manifest_says_what_it_holds(cfg: RunConfig) -> None:
+    run(cfg)
+    manifest = read_manifest(run_storage(cfg), 12)
+    assert (manifest.step, manifest.boundary, manifest.tokens) == (12, 12, 12 * 6 * 24)
+    assert manifest.counters.merges == 3
+    assert manifest.versions["torch"] == str(torch.__version__)
