@@ -51,7 +51,7 @@ class World:
         wrapped = DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,  # buffers here are constants
             gradient_as_bucket_view=True,
             init_sync=False,  # replicas are equal by construction, and checked: assert_same_
         )

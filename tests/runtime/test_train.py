@@ -1,0 +1,118 @@
+"""Real Ray: two workers through the driver; a worker killed; an error that a restart cannot mend. Nothing faked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from relora_ray.checkpoint import list_manifests
+from relora_ray.config import RunConfig
+from relora_ray.metrics import read, read_all
+from relora_ray.runs import run_storage
+from relora_ray.runtime import driver
+from relora_ray.runtime.driver import RunFailedError, preflight
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Ray of this module's own, in a folder of its own."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=short_folder())
+    yield
+    ray.shutdown()
+
+
+def short_folder() -> str:
+    """Ray's sockets need short paths."""
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+
+
+def config(data: Path, folder: Path, *overrides: str) -> RunConfig:
+    return preflight(tiny_config(data, folder, "cluster.workers=2", *overrides))
+
+
+@pytest.fixture(scope="module")
+def reference(data: Path, local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """An undisturbed run on two workers."""
+    cfg = config(data, tmp_path_factory.mktemp("reference"), "steps=33")
+    driver.run(cfg, on_event=lambda event: None)
+    return cfg
+
+
+def losses(cfg: RunConfig) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read(run_storage(cfg), "train")}
+
+
+def evals(cfg: RunConfig) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read(run_storage(cfg), "eval")}
+
+
+def test_run_reaches_its_end_and_exports(reference: RunConfig) -> None:
+    storage = run_storage(reference)
+    assert sorted(losses(reference)) == list(range(1, 34))
+    assert list_manifests(storage)[-1] == 33
+    assert [a["world_size"] for a in read_all(storage, "attempt")] == [2]
+    assert storage.exists("model/model.safetensors")
+    assert losses(reference)[33] < losses(reference)[1] - 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_worker_changes_nothing_in_the_result(
+    reference: RunConfig, data: Path, tmp_path: Path, rank: int
+) -> None:
+    """SIGKILL in the middle of a cycle: the run recovers by itself, and every loss is the undisturbed run's."""
+    cfg = config(data, tmp_path, "steps=33")
+    pids: dict[int, int] = {}
+    killed = threading.Event()
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["kind"] == "worker":
+            pids[event["rank"]] = event["pid"]
+        if event["kind"] == "train" and event["step"] >= 13 and not killed.is_set():
+            killed.set()
+            os.kill(pids[rank], signal.SIGKILL)
+
+    driver.run(cfg, on_event=on_event)
+    assert killed.is_set()
+    attempts = read_all(run_storage(cfg), "attempt")
+    assert len(attempts) == 2, "the kill took place"
+    assert 12 <= attempts[1]["step"] < 33
+    assert losses(cfg) == losses(reference)
+    assert evals(cfg) == evals(reference)
+
+
+def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: Any, data: Path, tmp_path: Path) -> None:
+    cfg = config(data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=1")
+    events: list[dict[str, Any]] = []
+    with pytest.raises(RunFailedError, match=r"NonFiniteError: 2 steps in a row.*Lower optimizer\.learning_rate"):
+        driver.run(cfg, on_event=events.append)
+    assert len(read_all(run_storage(cfg), "attempt")) == 1, "no second try"
+    assert [e for e in events if e["kind"] == "log" and "is not finite" in e["message"]]
+
+
+def test_same_command_again_continues(local_ray: Any, data: Path, tmp_path: Path, reference: RunConfig) -> None:
+    """A driver that was stopped: the next one takes the run up from storage."""
+    cfg = config(data, tmp_path, "steps=33", "cluster.max_failures=0")
+    pids: list[int] = []
+
+    def stop_at_8(event: dict[str, Any]) -> None:
+        if event["kind"] == "worker":
+            pids.append(event["pid"])
+        if event["kind"] == "train" and event["step"] >= 8 and len(pids) == 2:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            pids.append(0)
+
+    with pytest.raises(RunFailedError, match="Ray Train gave up"):
+        driver.run(cfg, on_event=stop_at_8)
+    assert list_manifests(run_storage(cfg))[-1] < 33
+    driver.run(config(data, tmp_path, "steps=33"), on_event=lambda event: None)
+    assert losses(cfg) == losses(reference)

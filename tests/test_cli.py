@@ -1,0 +1,96 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from relora_ray.config import RunConfig
+from relora_ray.runs import run_storage
+from tests.tiny import TINY, run
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(module: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"relora_ray.{module}", *map(str, args)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=/nowhere", "DataError: data.path='/nowhere' has no readable index.json"),
+        ("method.lora_rank=64", "ConfigError: method.lora_rank=64 is more than 32"),
+        ("model.vocab_size=100", "DataError: model.vocab_size=100 is less than the 2048 token ids"),
+        ("data.fingerprint=0123456789abcdef", "but the run needs 0123456789abcdef"),
+    ],
+)
+def test_launch_refuses_before_ray_starts(
+    yaml_file: Path, data: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    done = command("launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs", override)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_launch_trains_and_prints_a_summary(yaml_file: Path, data: Path, tmp_path: Path) -> None:
+    """A local Ray of its own, one worker."""
+    done = command("launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs", "train.log_every_steps=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected in (
+        "starting, 1 worker(s) on cpu",
+        "step  4/12  loss ",
+        "cycle 1/3",
+        "merge 3 of 14 layers",
+        "after step      12",
+        "merges    3 after steps 6, 9, 12",
+        "tiny/model (plain Hugging Face folder)",
+    ):
+        assert expected in done.stdout, expected
+    other = command("launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs", "seed=9")
+    assert other.returncode == 2
+    assert "seed: 3 there, 9 here" in other.stderr
+
+
+def test_export_and_report(cfg: RunConfig, tmp_path: Path) -> None:
+    run(cfg)
+    url = run_storage(cfg).url
+    done = command("export", url, tmp_path / "out", "--step", "6", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "the model after step 6" in done.stdout
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert str(next(model.parameters()).dtype) == "torch.bfloat16"
+    again = command("export", url, tmp_path / "out")
+    assert again.returncode == 1
+    assert "ConfigError: " in again.stderr
+    assert "holds a model already" in again.stderr
+    assert "merges    3" in command("report", url).stdout
+    assert "is not a run" in command("report", tmp_path / "nowhere").stderr
+
+
+def test_own_text_from_tokenizer_to_shards(austen_excerpt: Path, tmp_path: Path) -> None:
+    done = command("data.tokenizer", austen_excerpt, "--out", tmp_path / "tokenizer", "--vocab-size", "400")
+    assert done.returncode == 0, done.stderr
+    done = command(
+        "data.prepare", austen_excerpt, "--out", tmp_path / "tokens", "--tokenizer", tmp_path / "tokenizer",
+        "--document-separator", "CHAPTER.*", "--validation-fraction", "0.2", "--num-workers", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary 400, fingerprint" in done.stdout
