@@ -74,9 +74,7 @@ def flip_bit_on_rank_1(cfg: RunConfig, kind: str) -> dict[str, Any]:
             target = parameters["model.layers.1.mlp.up_proj.lora_B"].detach()
             if kind == "moment":
                 target = state.optimizer.state[parameters["lm_head.weight"]]["exp_avg"]
-            target.view(torch.int32)[3, 1] ^= (
-                1 if kind == "weight" else 1 << 12
-            )  # lower bits of a moment may round away
+            target.view(torch.int32)[3, 1] ^= 1 << 20  # the lowest bits may round away before anybody looks
 
     loop.train = hold_state  # type: ignore[assignment]
     try:
