@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-data/quickstart/index.json: $(STAMP)
+data/quickstart/index.json: | $(STAMP)
 	$(BIN)/python -m relora_ray.data.prepare configs/quickstart/austen.txt.bz2 --out data/quickstart \
 		--tokenizer configs/quickstart/tokenizer --document-separator '<\|endoftext\|>|(?i:chapter [ivxlc0-9]+)' \
 		--validation-fraction 0.05

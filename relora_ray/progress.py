@@ -83,7 +83,8 @@ class Progress:
         self._print(f"-- step {e['step']:,}: saved, delta {e['delta_bytes'] / 1e6:.1f} MB{base}, {e['save_s']:.2f} s")
 
     def _on_log(self, e: dict[str, Any]) -> None:
-        self._print(f"-- {e['level'].lower()} (rank {e['rank']}): {e['message']}")
+        where = e["rank"] if isinstance(e["rank"], str) else f"rank {e['rank']}"
+        self._print(f"-- {e['level'].lower()} ({where}): {e['message']}")
 
 
 def _number(loss: float | None) -> str:

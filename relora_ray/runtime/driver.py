@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from relora_ray import config as rc
 from relora_ray.errors import ReloraError
@@ -55,6 +54,7 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
 def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError."""
     with _ray(cfg):
+        _say_what_is_missing(cfg, on_event)
         coordinator = Coordinator.remote()  # type: ignore[attr-defined]
         with _watching(coordinator, on_event):
             _fit(cfg, coordinator)
@@ -93,6 +93,22 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
         raise RunFailedError(fatal)
 
 
+def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
+    """Ray waits in silence for resources that are not there (an autoscaler may bring them): say so."""
+    there = ray.cluster_resources()
+    needed = {
+        "CPU": cfg.cluster.workers * cfg.cluster.cpus_per_worker,
+        "GPU": cfg.cluster.workers * cfg.cluster.gpus_per_worker,
+    }
+    for kind, amount in needed.items():
+        if amount > there.get(kind, 0):
+            message = (
+                f"cluster.workers={cfg.cluster.workers} need {amount:g} {kind}s and the cluster has "
+                f"{there.get(kind, 0):g}: waiting for more nodes. Without an autoscaler, lower cluster.workers."
+            )
+            on_event({"kind": "log", "level": "WARNING", "rank": "driver", "message": message})
+
+
 def _failure(coordinator: Any, otherwise: str) -> str:
     fatal: str = ray.get(coordinator.fatal.remote())
     return fatal or f"Ray Train gave up: {otherwise}"
@@ -113,11 +129,15 @@ def _ray(cfg: rc.RunConfig) -> Iterator[None]:
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise RunFailedError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Start it, or unset it."
+            ) from error
         needed = cfg.cluster.workers * cfg.cluster.cpus_per_worker
-        ray.init(num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
     try:
         yield
     finally:
