@@ -16,16 +16,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from relora_ray.errors import ConfigError
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
+
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and _CREDENTIALS.search(value):
+            raise ValueError(
+                f"{info.field_name}={_without_credentials(value)!r} must not carry credentials in its URL: the config "
+                f"is stored and shown. Use the usual environment variables."
+            )
+        return value
 
 
 class ModelConfig(Section):
@@ -193,7 +205,8 @@ class ScheduleConfig(Section):
 
 class TrainConfig(Section):
     micro_batch_rows: int = Field(gt=0)
-    """Rows one worker puts through the model at once. Changes speed and memory, not the result."""
+    """Rows one worker puts through the model at once. Changes speed and memory; the result only by rounding, and
+    by other dropout masks if there is dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
     compile: bool = False
@@ -252,13 +265,6 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig
     cluster: ClusterConfig = ClusterConfig()
 
-    @field_validator("storage")
-    @classmethod
-    def _no_secrets(cls, value: str) -> str:
-        if "@" in value.partition("://")[2]:
-            raise ValueError("storage must not carry credentials in its URL. Use the usual environment variables.")
-        return value
-
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         problems = [
@@ -298,7 +304,7 @@ class RunConfig(Section):
 
 _OPERATIONAL = (
     "name", "storage", "data.path", "checkpoint.", "cluster.",
-    "train.micro_batch_rows", "train.log_every_steps", "train.eval_", "train.compile",
+    "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_", "train.compile",
 )  # fmt: skip
 
 
@@ -511,7 +517,7 @@ def _types_in(annotation: Any) -> list[Any]:
 
 
 def _without_credentials(text: str) -> str:
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
+    return _CREDENTIALS.sub("://***@", text)
 
 
 def _nearest(name: str, known: list[str]) -> str:

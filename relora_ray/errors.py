@@ -21,11 +21,17 @@ class DataError(ReloraError):
 
 
 class StorageError(ReloraError):
-    """An object could not be read or written."""
+    """An object could not be read or written. `restart_helps` unless the cause stays, such as a full disk."""
+
+    restart_helps = True
 
 
 class CheckpointError(ReloraError):
-    """A checkpoint that is missing, damaged or does not fit the model."""
+    """A checkpoint that is missing, does not fit the model, or may not be written."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose bytes are gone or not those that were stored: the one reason to fall back to an older."""
 
 
 class NonFiniteError(ReloraError):

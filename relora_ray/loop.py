@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relora_ray.checkpoint import Checkpointer, Manifest, Position
+from relora_ray.checkpoint import Checkpointer, Position
 from relora_ray.checkpoint.manifest import Counters
 from relora_ray.config import RunConfig
 from relora_ray.data.loader import BatchSource, MicroBatch
 from relora_ray.data.tokens import TokenRows
-from relora_ray.errors import CheckpointError, NonFiniteError
+from relora_ray.errors import CheckpointError, DamagedError, NonFiniteError
 from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
 from relora_ray.metrics import MetricsLog, Record, StepTimer
 from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
-from relora_ray.runs import export_model, new_model, open_data, run_storage
+from relora_ray.runs import check_visible, export_model, new_model, open_data, run_storage
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
 
@@ -61,6 +61,7 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
     only writes the export that may be missing.
     """
     storage = run_storage(cfg)
+    check_visible(cfg)
     method = build_method(cfg)
     data = open_batches(cfg, world)
     checkpointer = Checkpointer(
@@ -74,9 +75,7 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
 
     def emit(record: Record) -> None:
         if log is not None:
-            log.write(record)
-            if record["kind"] != "train":
-                log.flush()
+            log.write(record, flush=record["kind"] != "train")
         if on_record is not None:
             on_record(record)
 
@@ -138,7 +137,8 @@ def train(
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        # In place under DDP: a dropped gradient would be accumulated outside DDP's buckets, a second copy of all.
+        state.optimizer.zero_grad(set_to_none=world.size == 1)
         state.position = replace(state.position, step=done, counters=_count(cfg, state.position.counters, finite, done))
         timer.add(time.perf_counter() - began)
 
@@ -183,21 +183,25 @@ def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchS
 def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World) -> tuple[TrainState, bool]:
     """The state of the newest checkpoint that is whole, or a new one; and whether it is saved already.
 
-    A newer checkpoint that is damaged is set aside with its reason; CheckpointError if none is whole.
+    A newer checkpoint that is damaged is set aside with its reason, once an older one has been restored;
+    CheckpointError if none is whole.
     """
-    rejected: list[tuple[Manifest, CheckpointError]] = []
-    for manifest in checkpointer.newest():
-        state = _build(cfg, method, world, manifest.step)
+    rejected: list[tuple[int, DamagedError]] = []
+    for step, manifest in checkpointer.newest():
+        if isinstance(manifest, DamagedError):
+            rejected.append((step, manifest))
+            continue
+        state = _build(cfg, method, world, step)
         try:
             state.position = checkpointer.restore(
                 manifest, state.model, state.optimizer, method.frozen_names(state.model)
             )
-        except CheckpointError as error:
-            rejected.append((manifest, error))
+        except DamagedError as error:
+            rejected.append((step, error))
+            del state
             continue
         for damaged, reason in rejected:
             checkpointer.set_aside(damaged, reason)
-        logger.info("resuming after step %d", manifest.step)
         return state, True
     if rejected:
         raise CheckpointError(
@@ -249,13 +253,13 @@ def _accumulate_gradients(
     Each micro-batch contributes its summed loss over the global number of tokens, so the gradient does not
     depend on how rows fall to micro-batches and ranks. DDP divides by the world size; the factor undoes it.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches):
         torch.manual_seed(key(cfg.seed, "dropout", step, world.rank, number))
         with world.sync_gradients(wrapped, now=number == len(batches) - 1):
             loss_sum = _loss_sum(cfg, wrapped, batch)
             (loss_sum * (world.size / cfg.tokens_per_step)).backward()
-        total += loss_sum.detach().double().cpu()
+        total += loss_sum.detach()
     return world.sum(float(total))[0] / cfg.tokens_per_step
 
 
@@ -281,8 +285,9 @@ def _count(cfg: RunConfig, counters: Counters, finite: bool, done: int) -> Count
     if in_a_row > cfg.train.max_nonfinite_steps:
         raise NonFiniteError(
             f"{in_a_row} steps in a row, up to step {done - 1}, had a loss or gradient that is not finite; "
-            f"train.max_nonfinite_steps={cfg.train.max_nonfinite_steps} allows no more. Lower optimizer.learning_rate, "
-            f"lengthen the warm-up, or look at the data of these steps."
+            f"train.max_nonfinite_steps={cfg.train.max_nonfinite_steps} allows no more. Raise that to go on from the "
+            f"last checkpoint, or start under another name from a step before (model.init_from=RUN@STEP) with a lower "
+            f"optimizer.learning_rate or a longer warm-up."
         )
     return counters.model_copy(update={"skipped_steps": counters.skipped_steps + 1, "skipped_in_a_row": in_a_row})
 

@@ -7,12 +7,16 @@ here; `read` gives one series over all attempts of a run, the latest attempt win
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import deque
 from statistics import median
 from typing import Any
 
+from relora_ray.errors import StorageError
 from relora_ray.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -24,17 +28,23 @@ class MetricsLog:
         self._storage, self._path, self._flush_every = storage, f"metrics/{attempt}.jsonl", flush_every
         self._pending: list[str] = []
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record, *, flush: bool = False) -> None:
         # JSON has no nan: a skipped step's loss becomes null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._pending.append(json.dumps(clean, allow_nan=False))
-        if len(self._pending) >= self._flush_every:
+        if flush or len(self._pending) >= self._flush_every:
             self.flush()
 
     def flush(self) -> None:
-        if self._pending:
+        """Store what is pending. Metrics must not end a run: a failure is a warning, and is tried again later."""
+        if not self._pending:
+            return
+        try:
             self._storage.append(self._path, ("\n".join(self._pending) + "\n").encode())
-            self._pending.clear()
+        except StorageError as error:
+            logger.warning("%d metrics records wait: %s", len(self._pending), error)
+            return
+        self._pending.clear()
 
 
 def read_all(storage: Storage, kind: str) -> list[Record]:

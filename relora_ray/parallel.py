@@ -56,7 +56,7 @@ class World:
             init_sync=False,  # replicas are equal by construction, and checked: assert_same_
         )
         warm_up(wrapped).backward()
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)  # as after any other step
         return wrapped
 
     def sync_gradients(self, model: nn.Module, *, now: bool) -> contextlib.AbstractContextManager[Any]:
@@ -90,10 +90,12 @@ class World:
         digests = [int(d.item()) for d in gathered]
         majority = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
         if odd := [rank for rank, d in enumerate(digests) if d != majority]:
+            who = f"rank(s) {odd} hold other values than the other {self.size - len(odd)} of {self.size} ranks"
+            if 2 * digests.count(majority) <= self.size:
+                who = f"the {self.size} ranks hold different values, and none has a majority"
             raise RanksDisagreeError(
-                f"{what}: rank(s) {odd} hold other values than the other {self.size - len(odd)} of {self.size} ranks. "
-                f"Replicas must be equal: suspect the memory of those machines. Nothing was saved from this state; "
-                f"start again to continue from the last checkpoint."
+                f"{what}: {who}. Replicas must be equal: suspect a machine's memory, or processors of different kinds "
+                f"(their rounding differs). Nothing was saved from this state; the last checkpoint is good."
             )
 
 

@@ -9,6 +9,7 @@ The driver uses this before anything is spent; export and `model.init_from` use 
 from __future__ import annotations
 
 import contextlib
+import platform
 import tempfile
 from dataclasses import dataclass
 
@@ -90,6 +91,20 @@ def claim(cfg: RunConfig) -> RunConfig:
     return cfg
 
 
+def check_visible(cfg: RunConfig) -> None:
+    """See that this process finds the run in storage (every rank, at the start of an attempt).
+
+    A path that is local to each machine would give every rank a storage of its own, and a restart on another
+    machine an empty one. ConfigError then.
+    """
+    storage = run_storage(cfg)
+    if not storage.exists(CONFIG):
+        raise ConfigError(
+            f"{storage.url} has no {CONFIG} as seen from {platform.node()}: storage={cfg.storage!r} is not the same "
+            f"place on all machines. Use a shared file system or object storage."
+        )
+
+
 def read_config(storage: Storage) -> RunConfig:
     try:
         text = storage.get(CONFIG).decode()
@@ -156,11 +171,11 @@ def export_model(
             seq_len=cfg.data.seq_len,
             end_token_id=index.end_token_id,
         )
+        for path in data.list("tokenizer"):
+            out.put(path.removeprefix("tokenizer/"), data.get(path))
         local = Storage(folder)
-        for path in local.list():
+        for path in sorted(local.list(), key=lambda path: path == "config.json"):  # last: it says that all is there
             out.put(path, local.get(path))
-    for path in data.list("tokenizer"):
-        out.put(path.removeprefix("tokenizer/"), data.get(path))
 
 
 def _with_fingerprint(cfg: RunConfig, fingerprint: str) -> RunConfig:

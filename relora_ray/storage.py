@@ -6,8 +6,12 @@ rename; object stores do it by themselves. Every failure ends in one StorageErro
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import random
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +23,13 @@ from relora_ray.errors import StorageError
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _TEMPORARY = ".partial-"
+_TRIES = 4
+_LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Causes that neither a second try nor a restart removes."""
 
 
 class Storage:
@@ -108,7 +118,7 @@ class Storage:
         """Paths of all objects below `prefix`, sorted; unfinished local writes are left out."""
         root = self._at(prefix)
         if self.is_local:
-            found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+            found = self._guard("list", prefix, lambda: _walk(root))
             base = self.url
         else:
             try:
@@ -156,12 +166,26 @@ class Storage:
                 os.remove(temporary)
 
     def _guard(self, action: str, path: str, operation: Callable[[], T], size_bytes: int | None = None) -> T:
-        try:
-            return operation()
-        except OSError as error:
-            size = "" if size_bytes is None else f" ({size_bytes:,} bytes)"
-            reason = error.strerror or f"{type(error).__name__}: {error}"
-            raise StorageError(f"cannot {action} {self.url}/{path}{size}: {reason}.{_advice(error)}") from error
+        """The result of `operation`. Remote ones that fail in passing are tried again; StorageError in the end."""
+        size = "" if size_bytes is None else f" ({size_bytes:,} bytes)"
+        what = f"cannot {action} {self.url}/{path}{size}"
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return operation()
+            except Exception as error:  # s3fs and others let errors of their own through, besides OSError
+                if self.is_local and not isinstance(error, OSError):
+                    raise
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                lasting = (
+                    self.is_local or isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_CODES
+                )
+                if lasting or attempt == _TRIES:
+                    failure = StorageError(f"{what}: {reason}.{_advice(error)}")
+                    failure.restart_helps = getattr(error, "errno", None) not in _LASTING_CODES
+                    raise failure from error
+                logger.warning("%s: %s; try %d of %d", what, reason, attempt + 1, _TRIES)
+                time.sleep(random.uniform(0.5, 1.0) * 2 ** (attempt - 1))
+        raise AssertionError("unreachable")
 
 
 def _restore(url: str, options: dict[str, Any]) -> Storage:
@@ -182,11 +206,20 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _advice(error: OSError) -> str:
-    import errno
+def _walk(root: str) -> list[str]:
+    """All files below `root`. A folder that cannot be read is an error and not an empty one."""
 
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    return [os.path.join(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names]
+
+
+def _advice(error: Exception) -> str:
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return " Free space there (checkpoint.keep_last says how many checkpoints are kept), or move the run."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return " Check who owns the folder, or choose another storage."
     return ""

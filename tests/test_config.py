@@ -103,6 +103,11 @@ def test_secret_in_a_storage_url_is_not_repeated() -> None:
         parse_config(TINY, ["storage=s3://key:secret@bucket/x", "strage=s3://key:secret@bucket/x"])
     assert "unknown key strage='s3://***@bucket/x'" in str(caught.value)
     assert "secret" not in str(caught.value)
+    for key in ("storage", "data.path", "model.init_from"):
+        with pytest.raises(ConfigError, match=r"='s3://\*\*\*@bucket/x' must not carry credentials") as caught:
+            parse_config(TINY, [f"{key}=s3://key:secret@bucket/x"])
+        assert "secret" not in str(caught.value)
+    parse_config(TINY, ["model.init_from=s3://bucket/run@5"])
 
 
 def test_all_problems_come_at_once() -> None:

@@ -47,12 +47,19 @@ def renamed(cfg: RunConfig, name: str, **train: Any) -> RunConfig:
     return cfg.model_copy(update={"name": name, "train": cfg.train.model_copy(update=train)})
 
 
+CRASHES = ((5, "train"), (6, "boundary"), (3, "checkpoint"))
+
+
+def scene_names(world_size: int) -> list[str]:
+    return [f"{name}-{world_size}" for name in ("whole", "micro", *(f"broken-{step}" for step, _ in CRASHES))]
+
+
 def scenes(cfg: RunConfig) -> dict[str, Any]:
     """Uninterrupted; interrupted inside a cycle, at a boundary, at the switch; another micro-batch."""
     world = World.current()
     played = {"whole": attempt(renamed(cfg, f"whole-{world.size}"))}
-    for step, phase in ((5, "train"), (6, "boundary"), (3, "checkpoint")):
-        broken = renamed(cfg, f"broken-{world.size}-{step}")
+    for step, phase in CRASHES:
+        broken = renamed(cfg, f"broken-{step}-{world.size}")
         attempt(broken, crash_at(step, phase))
         played[f"resumed-{step}"] = attempt(broken)
     played["micro-1"] = attempt(renamed(cfg, f"micro-{world.size}", micro_batch_rows=1))
@@ -145,19 +152,21 @@ def one(cfg: RunConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(cfg: RunConfig) -> list[dict[str, Any]]:
-    for name in ("made-at-2-for-1", "made-at-2-for-3"):
+    for name in ("made-at-2-for-1", "made-at-2-for-3", "unwritable", *scene_names(2)):
         claim(renamed(cfg, name))
     return run_ranks(2, scenes_of_two, cfg)
 
 
 @pytest.fixture(scope="module")
 def three(cfg: RunConfig, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for name in ("flip-weight", "flip-moment", *scene_names(3)):
+        claim(renamed(cfg, name))
     return run_ranks(3, scenes_of_three, cfg)
 
 
 @pytest.fixture(scope="module")
 def four(cfg: RunConfig) -> list[dict[str, Any]]:
-    return run_ranks(4, attempt, renamed(cfg, "whole-4"))
+    return run_ranks(4, attempt, claim(renamed(cfg, "whole-4")))
 
 
 def assert_close(ours: dict[int, float], theirs: dict[int, float]) -> None:

@@ -112,7 +112,7 @@ def test_real_divergence_ends_with_a_named_error(data: Path, tmp_path: Path) -> 
     cfg = tiny_config(
         data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=3"
     )
-    with pytest.raises(NonFiniteError, match=r"Lower optimizer\.learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"with a lower optimizer\.learning_rate"):
         run(cfg)
 
 

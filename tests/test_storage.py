@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -88,11 +89,56 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk_is_an_error_that_loses_nothing(small_disk: Path) -> None:
     storage = Storage(str(small_disk))
     storage.put("kept", b"k" * 1000)
-    with pytest.raises(StorageError, match=r"cannot write .*/big \(2,000,000 bytes\): No space left.*Free space there"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*/big \(2,000,000 bytes\): No space left.*Free space there"
+    ) as caught:
         storage.put("big", b"b" * 2_000_000)
+    assert not caught.value.restart_helps
     with pytest.raises(StorageError, match="No space left"):
         storage.put("kept", b"x" * 2_000_000)
     assert storage.list() == ["kept"]
     assert storage.get("kept") == b"k" * 1000
     storage.put("small", b"fits again, so the failed write left no litter")
     assert sorted(os.listdir(small_disk)) == ["kept", "small"]
+
+
+def test_folder_that_cannot_be_read_is_an_error_and_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty answer here would start a run again from step 0."""
+    storage = Storage(str(tmp_path))
+    storage.put("manifests/a", b"")
+
+    def stale(path: str) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(StorageError, match=r"cannot list .*: Stale file handle"):
+        storage.list("manifests")
+
+
+class PassingError(Exception):
+    """Like botocore's: not an OSError."""
+
+
+def test_remote_failure_that_passes_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+    storage.put("x", b"1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    failures = [PassingError("timeout"), OSError("reset")]
+    original = storage._fs.cat_file
+
+    def flaky(path: str) -> bytes:
+        if failures:
+            raise failures.pop()
+        return original(path)
+
+    monkeypatch.setattr(storage._fs, "cat_file", flaky)
+    assert storage.get("x") == b"1"
+    assert "try 2 of 4" in caplog.text
+    assert "try 3 of 4" in caplog.text
+    failures += [PassingError("down")] * 9
+    with pytest.raises(StorageError, match=r"cannot read .*/x: PassingError: down") as caught:
+        storage.get("x")
+    assert caught.value.restart_helps
+    assert len(failures) == 5

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import re
 import time
 import uuid
 import warnings
@@ -36,7 +35,7 @@ from relora_ray.checkpoint.manifest import (
 )
 from relora_ray.checkpoint.parts import PartReader, PartWriter, read_index
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, ReloraError, StorageError
+from relora_ray.errors import CheckpointError, DamagedError, ReloraError, StorageError
 from relora_ray.optim import MOMENTS, STATE_NAMES
 from relora_ray.parallel import World, digest
 from relora_ray.storage import Storage
@@ -76,25 +75,25 @@ class Checkpointer:
         self._base: Part | None = None
         self._base_boundary = -1
 
-    def newest(self) -> list[Manifest]:
-        """Manifests, newest first, the same list on every rank. Unreadable ones are set aside, with a warning."""
+    def newest(self) -> list[tuple[int, Manifest | DamagedError]]:
+        """Steps and manifests, newest first; in place of an unreadable one, why. The same list on every rank."""
 
-        def read_all() -> list[Manifest]:
-            manifests = []
+        def read_all() -> list[tuple[int, Manifest | DamagedError]]:
+            found: list[tuple[int, Manifest | DamagedError]] = []
             for step in reversed(list_manifests(self._storage)):
                 try:
-                    manifests.append(read_manifest(self._storage, step))
-                except CheckpointError as error:
-                    self._set_aside(step, error)
-            return manifests
+                    found.append((step, read_manifest(self._storage, step)))
+                except DamagedError as error:
+                    found.append((step, error))
+            return found
 
         return self._on_first(read_all)
 
     def restore(
         self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]
     ) -> Position:
-        """Copy a checkpoint into `model` and `optimizer` in place (every rank). CheckpointError if it is not
-        whole or does not fit; the tensors are then in an undefined state."""
+        """Copy a checkpoint into `model` and `optimizer` in place (every rank). DamagedError if it is not whole,
+        CheckpointError if it does not fit; the tensors are then in an undefined state."""
         base, delta = split_state(model, optimizer, frozen)
         if bool(base) != (manifest.base is not None):
             raise CheckpointError(f"{manifest.path} and the model disagree on whether there are frozen weights.")
@@ -105,7 +104,7 @@ class Checkpointer:
         state_digest = digest(list((base | delta).values()))
         self._world.assert_same(state_digest, f"after loading {manifest.path}")
         if state_digest != manifest.digest:
-            raise CheckpointError(f"{manifest.path} restored to another digest than it was saved with.")
+            raise DamagedError(f"{manifest.path} restored to another digest than it was saved with.")
         self._base, self._base_boundary = manifest.base, manifest.boundary
         return Position(manifest.step, manifest.boundary, manifest.counters)
 
@@ -142,28 +141,38 @@ class Checkpointer:
         self._on_first(lambda: self._commit(manifest))
         return manifest, base_is_new
 
-    def set_aside(self, manifest: Manifest, reason: CheckpointError) -> None:
-        """Take a manifest whose checkpoint turned out damaged out of the way of the one that will replace it."""
-        self._on_first(lambda: self._set_aside(manifest.step, reason))
+    def set_aside(self, step: int, reason: DamagedError) -> None:
+        """Take the manifest of a damaged checkpoint out of the way of the one that will replace it (every rank)."""
 
-    def _set_aside(self, step: int, reason: CheckpointError) -> None:
-        path = manifest_path(step)
-        logger.warning("the checkpoint at step %d is set aside: %s", step, reason)
-        self._storage.put(f"damaged/{self.attempt}/{path}", self._storage.get(path))
-        self._storage.delete(path)
+        def move() -> None:
+            path = manifest_path(step)
+            logger.warning("the checkpoint at step %d is set aside: %s", step, reason)
+            self._storage.put(f"damaged/{self.attempt}/{path}", self._storage.get(path))
+            self._storage.delete(path)
+
+        self._on_first(move)
 
     def _commit(self, manifest: Manifest) -> None:
+        record = manifest.model_dump_json(indent=1).encode()
         try:
-            self._storage.put_new(manifest.path, manifest.model_dump_json(indent=1).encode())
+            self._storage.put_new(manifest.path, record)
         except FileExistsError as error:
-            raise CheckpointError(
-                f"{self._storage.url}/{manifest.path} was committed by somebody else: two drivers are on one run. "
-                f"Stop one of them; this one stops now."
-            ) from error
-        self._prune()
+            # A client that repeats a put whose answer was lost is refused by its own object.
+            if self._storage.get(manifest.path) != record:
+                raise CheckpointError(
+                    f"{self._storage.url}/{manifest.path} was committed by somebody else: two drivers are on one run. "
+                    f"Stop one of them; this one stops now."
+                ) from error
+        try:
+            self._prune()
+        except StorageError as error:
+            logger.warning("old checkpoints could not be removed: %s", error)
 
     def _prune(self) -> None:
-        manifests = [read_manifest(self._storage, step) for step in list_manifests(self._storage)]
+        manifests = []
+        for step in list_manifests(self._storage):
+            with contextlib.suppress(DamagedError):  # one that nobody could resume from needs no folder
+                manifests.append(read_manifest(self._storage, step))
         folders = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in self._storage.list(kind)}
         dropped, unneeded = plan_prune(
             manifests,
@@ -188,14 +197,18 @@ class Checkpointer:
     def _on_first(self, action: Callable[[], T]) -> T:
         """The result of `action` on rank 0, on every rank; its error is raised on every rank too."""
         result: Any = None
+        error: Exception | None = None
         if self._world.is_first:
             try:
                 result = action()
-            except ReloraError as error:
-                result = error
-        result = self._world.broadcast(result)
-        if isinstance(result, ReloraError):
-            raise result
+            except ReloraError as caught:
+                error = caught
+            except Exception as caught:  # may not survive the journey: its text does
+                logger.exception("rank 0 failed")
+                error = RuntimeError(f"rank 0: {type(caught).__name__}: {caught}")
+        result, error = self._world.broadcast((result, error))
+        if error is not None:
+            raise error
         return cast(T, result)
 
 
@@ -224,7 +237,7 @@ def split_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, froze
 
 def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Tensors, *, no_dist: bool) -> None:
     absent = tensors.keys() - index.keys()
-    if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not n.startswith("optimizer.")}):
+    if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not _is_moment(n)}):
         raise CheckpointError(
             f"{part.folder} and the model differ in tensors: {wrong[0]} and {len(wrong) - 1} more are on one "
             f"side only. Use the config that the checkpoint was made with."
@@ -245,7 +258,7 @@ def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Ten
 
 def _without_zeros(delta: Tensors) -> Tensors:
     """`delta` less the moments that hold zeros only: right after a start or a reset that is most of them."""
-    moments = [name for name in delta if name.rpartition(".")[2] in MOMENTS and name.startswith("optimizer.")]
+    moments = [name for name in delta if _is_moment(name)]
     if not moments:
         return delta
     # By bits, so that -0.0 is kept as it is.
@@ -254,17 +267,30 @@ def _without_zeros(delta: Tensors) -> Tensors:
     return {name: tensor for name, tensor in delta.items() if name not in empty}
 
 
+def _is_moment(name: str) -> bool:
+    return name.startswith("optimizer.") and name.rpartition(".")[2] in MOMENTS
+
+
 def _new_attempt(storage: Storage) -> str:
-    """A name never used before on this run: a number that grows, and random digits."""
-    numbers = [int(m[1]) for path in storage.list("metrics") if (m := re.match(r"metrics/(\d+)-", path))]
-    return f"{max(numbers, default=0) + 1:04d}-{uuid.uuid4().hex[:8]}"
+    """A name never used before on this run: a number that grows, claimed in `attempts/`, and random digits."""
+    number = max((int(path.removeprefix("attempts/")) for path in storage.list("attempts")), default=0)
+    digits = uuid.uuid4().hex[:8]
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            storage.put_new(f"attempts/{number:04d}", digits.encode())
+            return f"{number:04d}-{digits}"
 
 
-def _first_cause(error: CheckpointException, what: str) -> StorageError | CheckpointError:
-    """torch gathers every rank's failure; the first by rank says enough, and keeps its class."""
+def _first_cause(error: CheckpointException, what: str) -> Exception:
+    """torch gathers every rank's failure; the first by rank says enough, and keeps its class if it is ours."""
     rank, (cause, _) = min(error.failures.items())
-    kind = StorageError if isinstance(cause, StorageError) else CheckpointError
-    return kind(f"{what}: rank {rank}: {cause}")
+    message = f"{what}: rank {rank}: {cause}"
+    if not isinstance(cause, ReloraError):  # out of memory, say: no reason to call the checkpoint damaged
+        return RuntimeError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}")
+    ours = type(cause)(message)
+    ours.restart_helps = cause.restart_helps
+    return ours
 
 
 @contextlib.contextmanager

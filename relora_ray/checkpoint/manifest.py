@@ -7,12 +7,13 @@ names is stored. "Checkpoint at s" is the state after everything that belongs to
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from relora_ray.errors import CheckpointError, ConfigError
+from relora_ray.errors import ConfigError, DamagedError
 from relora_ray.storage import Storage
 
 FORMAT = 1
@@ -88,18 +89,19 @@ def list_manifests(storage: Storage) -> list[int]:
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
-    """The manifest at `step`. CheckpointError if it is damaged, ConfigError if another version's."""
+    """The manifest at `step`. DamagedError if it is not one, ConfigError if another version wrote it."""
     path = manifest_path(step)
     try:
-        manifest = Manifest.model_validate_json(storage.get(path))
-    except ValidationError as error:
-        raise CheckpointError(f"{storage.url}/{path} is not a readable manifest: {error.errors()[0]['msg']}") from error
-    if manifest.format != FORMAT:
-        raise ConfigError(
-            f"{storage.url}/{path} has format {manifest.format}; this version reads {FORMAT}. Use the version that "
-            f"wrote it ({manifest.versions.get('relora_ray')})."
-        )
-    return manifest
+        raw = json.loads(storage.get(path))
+        if raw["format"] != FORMAT:
+            raise ConfigError(
+                f"{storage.url}/{path} has format {raw['format']}; this version reads {FORMAT}. Use the version that "
+                f"wrote it ({raw.get('versions', {}).get('relora_ray', 'unknown')})."
+            )
+        return Manifest.model_validate(raw)
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not a manifest
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise DamagedError(f"{storage.url}/{path} is not a readable manifest: {problem}.") from error
 
 
 def newest_manifest(storage: Storage) -> Manifest | None:
@@ -118,8 +120,8 @@ def plan_prune(
     """Which manifests and part folders may be deleted: a pure function.
 
     Kept are the newest `keep_last` manifests, those at multiples of `keep_every_steps`, and every folder that a
-    kept manifest names. Folders of `attempt`, which may be under way, are kept too unless a deleted manifest
-    named them; folders of earlier attempts that no manifest names were left behind by a crash and go.
+    kept manifest names. Folders that no manifest names go only if they are of an attempt before `attempt`, left
+    behind by a crash: those of this one or a later one may be under way.
     """
     ordered = sorted(manifests, key=lambda m: m.step)
     newest = {m.step for m in ordered[-keep_last:]}
@@ -127,5 +129,12 @@ def plan_prune(
     dropped = [m for m in ordered if m not in kept]
     needed = {part.folder for m in kept for part in m.parts}
     released = {part.folder for m in dropped for part in m.parts}
-    unneeded = [f for f in sorted(folders) if f not in needed and (f in released or not f.endswith(f"-{attempt}"))]
+    unneeded = [
+        f for f in sorted(folders) if f not in needed and (f in released or attempt_number(f) < attempt_number(attempt))
+    ]
     return dropped, unneeded
+
+
+def attempt_number(name: str) -> int:
+    """7 for the attempt `0007-1f2e3d4c`, and for folders that end in its name."""
+    return int(name.split("-")[-2])

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from relora_ray.checkpoint.manifest import Part, StoredObject
-from relora_ray.errors import CheckpointError
+from relora_ray.errors import DamagedError
 from relora_ray.storage import Storage
 
 INDEX = "index.json"
@@ -108,7 +108,7 @@ class PartWriter(StorageWriter):
 
 
 class PartReader(StorageReader):
-    """Reads one part at any world size. Raises CheckpointError at the first object that is not as recorded."""
+    """Reads one part at any world size. Raises DamagedError at the first object that is not as recorded."""
 
     def __init__(self, storage: Storage, part: Part, index: dict[str, Any]) -> None:
         self._storage, self._part, self._index = storage, part, index
@@ -159,27 +159,27 @@ class PartReader(StorageReader):
 
 
 def read_index(storage: Storage, part: Part) -> dict[str, Any]:
-    """The index of a part: {tensor name: {dtype, shape, chunks}}. CheckpointError if it is not as recorded."""
+    """The index of a part: {tensor name: {dtype, shape, chunks}}. DamagedError if it is not as recorded."""
     stored = next((o for o in part.objects if o.path == INDEX), None)
     if stored is None:
-        raise CheckpointError(f"the manifest of {storage.url}/{part.folder} names no {INDEX}.")
+        raise DamagedError(f"the manifest of {storage.url}/{part.folder} names no {INDEX}.")
     tensors: dict[str, Any] = json.loads(read_checked(storage, part, stored))["tensors"]
     return tensors
 
 
 def read_checked(storage: Storage, part: Part, recorded: StoredObject) -> bytes:
-    """The bytes of one object, if they are the ones that its manifest recorded; else CheckpointError."""
+    """The bytes of one object, if they are the ones that its manifest recorded; else DamagedError."""
     path = f"{part.folder}/{recorded.path}"
     size_bytes = storage.size(path)
     if size_bytes is None:
-        raise CheckpointError(f"{storage.url}/{path} is gone, though its manifest names it.")
+        raise DamagedError(f"{storage.url}/{path} is gone, though its manifest names it.")
     if size_bytes != recorded.size_bytes:
-        raise CheckpointError(
+        raise DamagedError(
             f"{storage.url}/{path} has {size_bytes:,} bytes; its manifest recorded {recorded.size_bytes:,}."
         )
     data = storage.get(path)
     if hashlib.sha256(data).hexdigest() != recorded.sha256:
-        raise CheckpointError(f"{storage.url}/{path} is damaged: its SHA-256 is not the one its manifest recorded.")
+        raise DamagedError(f"{storage.url}/{path} is damaged: its SHA-256 is not the one its manifest recorded.")
     return data
 
 

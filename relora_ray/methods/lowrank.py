@@ -8,6 +8,7 @@ zeroes A too when it wraps (`relora.py:122`): neither gets a gradient until the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -54,7 +55,7 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """scale * B @ A in fp32 and in `weight`'s layout."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.weight.device.type, enabled=False), _full_fp32():
             update = self.lora_B.float() @ self.lora_A.float() * self.scale
         if self.lora_gain is not None:
             update *= self.lora_gain.float()
@@ -78,6 +79,17 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         rank, in_features = self.lora_A.shape
         return f"{in_features} -> {self.lora_B.shape[0]}, lora_rank={rank}, scale={self.scale:g}"
+
+
+@contextlib.contextmanager
+def _full_fp32() -> Iterator[None]:
+    """fp32 products with all their bits, also where TF32 (10 bits) was turned on for speed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def wrap_(model: nn.Module, cfg: LoraConfig) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray import config as rc
-from relora_ray.errors import ReloraError
+from relora_ray.errors import ConfigError, ReloraError
 from relora_ray.methods import build_method
 from relora_ray.model import build_model
 from relora_ray.runs import claim, open_data, run_storage
@@ -42,6 +43,11 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
 
     Local paths become absolute, because workers run in folders of their own.
     """
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in cfg.storage and not os.path.isabs(cfg.storage):
+        raise ConfigError(
+            f"storage={cfg.storage!r} is relative, and a Ray job's working directory is a copy that goes away. Give an "
+            f"absolute path that all machines share, or a URL."
+        )
     cfg = _with_absolute_paths(cfg)
     open_data(cfg)
     if cfg.model.llama is None:  # the config has checked LLaMA's shapes; others are seen by wrapping a shell
@@ -55,7 +61,9 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError."""
     with _ray(cfg):
         _say_what_is_missing(cfg, on_event)
-        coordinator = Coordinator.remote()  # type: ignore[attr-defined]
+        # On the driver's own node: without this, Ray may put it on a spot machine.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        coordinator = Coordinator.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         with _watching(coordinator, on_event):
             _fit(cfg, coordinator)
 

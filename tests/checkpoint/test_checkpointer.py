@@ -15,6 +15,8 @@ from relora_ray.checkpoint import parts as parts_module
 from relora_ray.checkpoint.parts import read_index
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from relora_ray.loop import run_attempt
+from relora_ray.parallel import World
 from relora_ray.runs import load_trained, run_storage
 from relora_ray.storage import Storage
 from tests.test_storage import small_disk  # noqa: F401
@@ -76,6 +78,96 @@ def test_unreadable_manifest_is_passed_over(interrupted: RunConfig, caplog: pyte
     assert "step-00000009.json is not a readable manifest" in caplog.text
 
 
+def test_only_unreadable_manifests_are_an_error_and_not_a_new_start(interrupted: RunConfig) -> None:
+    storage = run_storage(interrupted)
+    for step in list_manifests(storage):
+        storage.put(f"manifests/step-{step:08d}.json", b"")
+    before = storage.list()
+    with pytest.raises(
+        CheckpointError, match=r"none of the 7 checkpoints is whole; the newest: .*not a readable manifest"
+    ):
+        run(interrupted)
+    assert [p for p in storage.list() if not p.startswith("attempts/")] == [p for p in before if p[:9] != "attempts/"]
+
+
+def test_older_unreadable_manifest_does_no_harm(interrupted: RunConfig) -> None:
+    run_storage(interrupted).put("manifests/step-00000004.json", b"{")
+    state, after = run(interrupted)
+    assert next(r["step"] for r in after if r["kind"] == "attempt") == 9
+    assert state.position.step == 12
+
+
+def test_failure_that_is_no_damage_does_not_fall_back(interrupted: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory while loading says nothing about the checkpoint: it must stay the newest."""
+
+    def exhausted(data: bytes) -> None:
+        raise MemoryError("no memory")
+
+    before = run_storage(interrupted).list("manifests")
+    with monkeypatch.context() as patch:
+        patch.setattr(parts_module.safetensors.torch, "load", exhausted)
+        with pytest.raises(RuntimeError, match=r"cannot load base/.*MemoryError: no memory"):
+            run(interrupted)
+    assert run_storage(interrupted).list("manifests") == before
+    _, after = run(interrupted)
+    assert next(r["step"] for r in after if r["kind"] == "attempt") == 9
+
+
+def test_commit_whose_answer_was_lost_is_known_again(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client put the manifest, lost the answer, put it again and was refused by its own object."""
+    original = Storage.put_new
+
+    def twice(self: Storage, path: str, data: bytes) -> None:
+        original(self, path, data)
+        if path.startswith("manifests/"):
+            original(self, path, data)
+
+    monkeypatch.setattr(Storage, "put_new", twice)
+    state, _ = run(cfg)
+    assert state.position.step == 12
+
+
+def test_metrics_and_pruning_that_fail_do_not_end_the_run(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Storage, *args: object) -> None:
+        raise StorageError("no permission")
+
+    monkeypatch.setattr(Storage, "append", refuse)
+    monkeypatch.setattr(Storage, "delete", refuse)
+    state, _ = run(cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"keep_last": 1})}))
+    assert state.position.step == 12
+    assert "metrics records wait: no permission" in caplog.text
+    assert "old checkpoints could not be removed: no permission" in caplog.text
+
+
+def test_interrupted_export_is_done_again(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Storage.put
+
+    def die_at_weights(self: Storage, path: str, data: bytes) -> None:
+        if path == "model.safetensors":
+            raise Crash
+        original(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "put", die_at_weights)
+        with pytest.raises(Crash):
+            run(cfg)
+    assert not run_storage(cfg).exists("model/config.json")
+    run(cfg)
+    assert run_storage(cfg).exists("model/model.safetensors")
+    assert run_storage(cfg).exists("model/config.json")
+
+
+def test_storage_that_is_not_the_same_everywhere_is_refused(cfg: RunConfig, tmp_path: Path) -> None:
+    """A worker on another machine, whose local path of that name is empty."""
+    run(cfg)
+    elsewhere = cfg.model_copy(update={"storage": str(tmp_path / "another-machine")})
+    with pytest.raises(ConfigError, match="is not the same place on all machines"):
+        run_attempt(elsewhere, World())
+    assert not (tmp_path / "another-machine").exists()
+
+
 def test_parts_without_a_manifest_are_no_checkpoint(interrupted: RunConfig) -> None:
     """What a crash between upload and commit leaves behind."""
     Path(run_storage(interrupted).url, "manifests/step-00000009.json").unlink()
@@ -103,7 +195,7 @@ def test_base_is_written_once_per_cycle(interrupted: RunConfig) -> None:
 
 def test_nothing_stored_is_a_pickle(interrupted: RunConfig) -> None:
     for path in run_storage(interrupted).list():
-        assert path.endswith((".json", ".jsonl", ".safetensors", ".yaml")), path
+        assert path.endswith((".json", ".jsonl", ".safetensors", ".yaml")) or path.startswith("attempts/"), path
         if path.endswith(".json"):
             json.loads(run_storage(interrupted).get(path))
 

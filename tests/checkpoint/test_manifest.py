@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def test_multiples_are_kept_for_good() -> None:
 
 def test_leftovers_of_earlier_attempts_go_and_those_of_this_one_stay() -> None:
     kept = manifest(10, attempt="0002-bbbbbbbb")
-    left = {"delta/step-00000008-0001-aaaaaaaa", "base/step-00000012-0002-bbbbbbbb"}
+    left = {
+        "delta/step-00000008-0001-aaaaaaaa",
+        "base/step-00000012-0002-bbbbbbbb",
+        "delta/step-00000014-0003-cccccccc",  # a later attempt's: this one is a zombie
+    }
     _, unneeded = plan_prune([kept], folders(kept) | left, keep_last=3, keep_every_steps=0, attempt="0002-bbbbbbbb")
     assert unneeded == ["delta/step-00000008-0001-aaaaaaaa"]
 
@@ -107,6 +112,6 @@ def test_damaged_manifest_is_named(content: bytes, message: str, tmp_path: Path)
 def test_manifest_of_another_format_says_which_version_wrote_it(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     newer = manifest(1).model_copy(update={"format": 9, "versions": {"relora_ray": "7.0"}})
-    storage.put(newer.path, newer.model_dump_json().encode())
+    storage.put(newer.path, json.dumps({**newer.model_dump(), "a_new_key": 1}).encode())
     with pytest.raises(ConfigError, match=r"has format 9; this version reads 1.*7\.0"):
         read_manifest(storage, 1)

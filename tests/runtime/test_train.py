@@ -92,7 +92,9 @@ def test_killed_worker_changes_nothing_in_the_result(
 def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: Any, data: Path, tmp_path: Path) -> None:
     cfg = config(data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=1")
     events: list[dict[str, Any]] = []
-    with pytest.raises(RunFailedError, match=r"NonFiniteError: 2 steps in a row.*Lower optimizer\.learning_rate"):
+    with pytest.raises(
+        RunFailedError, match=r"NonFiniteError: 2 steps in a row.*with a lower optimizer\.learning_rate"
+    ):
         driver.run(cfg, on_event=events.append)
     assert len(read_all(run_storage(cfg), "attempt")) == 1, "no second try"
     assert [e for e in events if e["kind"] == "log" and "is not finite" in e["message"]]
