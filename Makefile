@@ -36,4 +36,4 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) data/quickstart runs
+	rm -rf $(VENV) data/quickstart runs/quickstart

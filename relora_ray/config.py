@@ -10,13 +10,24 @@ Steps count optimizer updates, from 0. "After step s" and every `*_steps` value 
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from relora_ray.errors import ConfigError
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
@@ -29,15 +40,27 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
-    @field_validator("*")
-    @classmethod
-    def _no_credentials(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, str) and _CREDENTIALS.search(value):
-            raise ValueError(
-                f"{info.field_name}={_without_credentials(value)!r} must not carry credentials in its URL: the config "
-                f"is stored and shown. Use the usual environment variables."
-            )
-        return value
+
+def _rule(text: str) -> PydanticCustomError:
+    """A broken rule of one field; its key and value are put in front."""
+    return PydanticCustomError("field_rule", "{text}", {"text": text})
+
+
+def _location(value: str) -> str:
+    """A folder or URL as it will be used: `~` expanded; blank, half-written or unexpanded ones refused."""
+    if not value.strip() or value != value.strip():
+        raise _rule("is blank or has spaces around it. Give a folder or a URL.")
+    if "$" in value:
+        raise _rule("has a $: environment variables are not expanded here. Write the path out.")
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):(//)?(.*)", value)
+    if scheme and (not scheme[2] or not scheme[3].strip("/")):
+        raise _rule("is half a URL. Write it as scheme://bucket/prefix, such as s3://bucket/runs.")
+    if scheme and scheme[1] == "file" and not scheme[3].startswith("/"):
+        raise _rule("is relative: a file:// URL must be absolute, such as file:///data/runs.")
+    return os.path.expanduser(value)
+
+
+Location = Annotated[str, AfterValidator(_location)]
 
 
 class ModelConfig(Section):
@@ -62,6 +85,14 @@ class ModelConfig(Section):
     """Weights to start from: a Hugging Face folder, or a run's folder (`RUN` for its newest checkpoint,
     `RUN@STEP` for a named one). Optimizer state is not taken over. Empty: a seeded random start."""
 
+    @field_validator("init_from")
+    @classmethod
+    def _check_step(cls, value: str) -> str:
+        _, at, step = value.partition("@")
+        if at and not step.isdigit():
+            raise _rule(f"names {step!r} after the @, not a checkpoint's step. Write RUN@STEP, such as runs/a@5000.")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         dims = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -74,6 +105,10 @@ class ModelConfig(Section):
                     f"model.huggingface={self.huggingface!r}, which decides it. Remove one of the two."
                 )
             return self
+        if self.size in LLAMA_SIZES and len(given) == len(dims):
+            raise ValueError(
+                f"model.size={self.size!r} has no effect: {', '.join(dims)} are all given. Remove it, or them."
+            )
         if self.size and self.size not in LLAMA_SIZES:
             raise ValueError(
                 f"model.size={self.size!r} is not one of {', '.join(LLAMA_SIZES)}."
@@ -115,7 +150,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    path: str = Field(min_length=1)
+    path: Location
     """Folder or URL written by `python -m relora_ray.data.prepare`."""
     seq_len: int = Field(512, gt=0)
     """Tokens a row feeds to the model; each is also predicted once (a row reads one token more)."""
@@ -159,6 +194,18 @@ class LoraConfig(Section):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which linear layers of the transformer blocks get adapters: all of them, or these last path segments.
     A name that matches nothing is an error."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_target_modules(cls, value: Any) -> Any:
+        if value == "all-linear":
+            return value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+            raise _rule("must be all-linear or a list of names, such as [q_proj, v_proj].")
+        if not value or len(set(value)) < len(value):
+            raise _rule("must name at least one layer, and each once.")
+        return value
+
     warm_start_steps: int = Field(0, ge=0)
     """Full-rank updates before the adapters are put in, inside the same run."""
     warm_start_lr_ratio: float = Field(1.0, gt=0)
@@ -175,6 +222,10 @@ class ReloraConfig(LoraConfig):
 
 
 MethodConfig = Annotated[FullConfig | LoraConfig | ReloraConfig, Field(discriminator="kind")]
+
+_METHOD_KINDS: dict[str, type[Section]] = {
+    c.model_fields["kind"].default: c for c in get_args(get_args(MethodConfig)[0])
+}
 
 
 class OptimizerConfig(Section):
@@ -238,8 +289,8 @@ class ClusterConfig(Section):
     """Training processes (data-parallel ranks)."""
     cpus_per_worker: int = Field(1, gt=0)
     """Whole CPUs reserved per worker, and its number of compute threads."""
-    gpus_per_worker: float = Field(0, ge=0)
-    """GPUs per worker; 0 trains on the CPU with gloo."""
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    """1: every worker has a GPU to itself, with NCCL; 0: training on the CPU with gloo."""
     max_failures: int = Field(100, ge=-1)
     """Worker-group restarts before the run gives up; -1: never."""
     collective_timeout_s: int = Field(600, gt=0)
@@ -249,7 +300,7 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run: its folder under `storage`."""
-    storage: str = Field("runs", min_length=1)
+    storage: Location = "runs"
     """Folder or URL under which runs live."""
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0)
@@ -272,6 +323,7 @@ class RunConfig(Section):
             *_cycle_problems(self),
             *_schedule_problems(self),
             *_rank_problems(self),
+            *_idle_settings(self),
         ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -279,11 +331,11 @@ class RunConfig(Section):
 
     @property
     def warm_start_steps(self) -> int:
-        return 0 if isinstance(self.method, FullConfig) else self.method.warm_start_steps
+        return getattr(self.method, "warm_start_steps", 0)
 
     @property
     def merge_every_steps(self) -> int | None:
-        return self.method.merge_every_steps if isinstance(self.method, ReloraConfig) else None
+        return getattr(self.method, "merge_every_steps", None)
 
     @property
     def restart_every_steps(self) -> int | None:
@@ -304,6 +356,7 @@ class RunConfig(Section):
 
 _OPERATIONAL = (
     "name", "storage", "data.path", "checkpoint.", "cluster.",
+    "model.init_from",  # a run that has a checkpoint never reads it again
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_", "train.compile",
 )  # fmt: skip
 
@@ -311,8 +364,7 @@ _OPERATIONAL = (
 def _batch_problems(cfg: RunConfig) -> list[str]:
     rows, micro = cfg.global_batch_rows, cfg.train.micro_batch_rows
     if rows % micro:
-        fits = [d for d in range(1, rows + 1) if rows % d == 0]
-        near = min(fits, key=lambda d: abs(d - micro))
+        near = math.gcd(rows, micro)
         return [
             f"global_batch_rows={rows} is not a multiple of train.micro_batch_rows={micro}. A global batch is made of "
             f"whole micro-batches: use train.micro_batch_rows={near} or global_batch_rows={-(-rows // micro) * micro}."
@@ -340,11 +392,12 @@ def _cycle_problems(cfg: RunConfig) -> list[str]:
 def _schedule_problems(cfg: RunConfig) -> list[str]:
     sched, every, merge = cfg.schedule, cfg.restart_every_steps, cfg.merge_every_steps
     if sched.kind not in ("jagged_cosine", "cosine_cycles"):
-        if sched.restart_every_steps or sched.restart_warmup_steps:
+        given = {k: v for k in ("restart_every_steps", "restart_warmup_steps") if (v := getattr(sched, k))}
+        if given:
             return [
-                f"schedule.restart_every_steps={sched.restart_every_steps} and schedule.restart_warmup_steps="
-                f"{sched.restart_warmup_steps} have no effect with schedule.kind={sched.kind}. Use jagged_cosine or "
-                f"cosine_cycles, or remove them."
+                f"schedule.{k}={v} has no effect with schedule.kind={sched.kind}. Use jagged_cosine or cosine_cycles, "
+                f"or remove it."
+                for k, v in given.items()
             ]
         if sched.warmup_steps > cfg.steps:
             return [f"schedule.warmup_steps={sched.warmup_steps} is more than steps={cfg.steps}. Shorten the warm-up."]
@@ -353,7 +406,12 @@ def _schedule_problems(cfg: RunConfig) -> list[str]:
         return [f"schedule.kind={sched.kind} restarts, but schedule.restart_every_steps is not set. Set it."]
     problems = []
     first = cfg.warm_start_steps or every
-    if sched.kind == "cosine_cycles" and (cfg.steps - cfg.warm_start_steps) % every:
+    if sched.kind == "jagged_cosine" and not sched.restart_warmup_steps:
+        problems.append(
+            "schedule.restart_warmup_steps=0 with schedule.kind=jagged_cosine: without a climb after each restart it "
+            "is the plain cosine. Set it, to a tenth of a cycle or less, or use kind cosine."
+        )
+    if (cfg.steps - cfg.warm_start_steps) % every:
         problems.append(
             f"schedule.restart_every_steps={every} does not divide the {cfg.steps - cfg.warm_start_steps} steps that "
             f"follow the warm start. Cycles must be whole: change it or steps."
@@ -389,14 +447,37 @@ def _rank_problems(cfg: RunConfig) -> list[str]:
                 f"method.target_modules has {name!r}, which matches no linear layer of a LLaMA block "
                 f"({', '.join(LLAMA_LINEARS)}).{_nearest(name, list(LLAMA_LINEARS))}"
             )
-    smaller_side = min(llama.hidden_size, llama.intermediate_size) if names else llama.hidden_size
+    smaller_side = llama.hidden_size
+    if set(names) - {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        smaller_side = min(llama.hidden_size, llama.intermediate_size)
     if method.lora_rank > smaller_side:
         problems.append(
             f"method.lora_rank={method.lora_rank} is more than {smaller_side}, the smaller side of the smallest "
             f"wrapped layer. Use a rank of at most {smaller_side}; well below it for any saving."
         )
-    if not names:
-        problems.append("method.target_modules is empty. Name at least one layer, or use all-linear.")
+    return problems
+
+
+def _idle_settings(cfg: RunConfig) -> list[str]:
+    """Settings that differ from their defaults and would be ignored."""
+    method, schedule, save = cfg.method, cfg.schedule, cfg.checkpoint
+    idle: list[tuple[str, object, str]] = []
+    if isinstance(method, LoraConfig) and not method.warm_start_steps and method.warm_start_lr_ratio != 1:
+        idle.append(("method.warm_start_lr_ratio", method.warm_start_lr_ratio, "with method.warm_start_steps=0"))
+    if isinstance(method, ReloraConfig):
+        reset = method.reset
+        if reset.kind in ("zero", "none") and reset.ratio != ResetConfig().ratio:
+            idle.append(("method.reset.ratio", reset.ratio, f"with method.reset.kind={reset.kind}"))
+        if reset.kind == "none" and reset.adam_step != ResetConfig().adam_step:
+            idle.append(("method.reset.adam_step", reset.adam_step, "with method.reset.kind=none"))
+    if schedule.kind == "constant" and schedule.min_lr_ratio != ScheduleConfig().min_lr_ratio:
+        idle.append(("schedule.min_lr_ratio", schedule.min_lr_ratio, "with schedule.kind=constant"))
+    problems = [f"{key}={value} has no effect {why}. Remove one of the two." for key, value, why in idle]
+    if save.keep_every_steps % save.save_every_steps:
+        problems.append(
+            f"checkpoint.keep_every_steps={save.keep_every_steps} is not a multiple of checkpoint.save_every_steps="
+            f"{save.save_every_steps}: there would be no checkpoint to keep at most of its multiples. Make it one."
+        )
     return problems
 
 
@@ -407,15 +488,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """The validated config in `path` with `key=value` overrides applied. Raises ConfigError."""
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}. Give a YAML file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}. Give a YAML file.") from error
     return parse_config(text, overrides, source=str(path))
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> RunConfig:
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(
@@ -423,11 +505,42 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
         )
     for item in overrides or []:
         _apply_override(raw, item)
+    # A section whose lines are all commented out is null in YAML: it has its defaults.
+    raw = {str(name): value for name, value in raw.items() if value is not None}
+    lines = _scalar_problems(raw)
     try:
-        return RunConfig.model_validate(raw)
+        cfg = RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [line for detail in error.errors() for line in _explain(detail)]
-        raise ConfigError(_without_credentials("\n".join(dict.fromkeys(lines)))) from None
+        lines += [line for detail in error.errors() for line in _explain(detail)]
+    if lines:
+        raise ConfigError(_without_credentials("\n".join(dict.fromkeys(lines))))
+    return cfg
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars (`010` is text, `13:20` and `no` too, `1e-3` is a number), and no key twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (key_node, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key!r} is there twice, once at line {line}. Keep one.")
+        return super().construct_mapping(node, deep)
+
+
+_TAG = "tag:yaml.org,2002:"
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0].removeprefix(_TAG) not in ("int", "float", "bool", "timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"(true|false)$", re.I), list("tTfF"))
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    f"{_TAG}float",
+    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.I),
+    list("-+.0123456789"),
+)
 
 
 def to_yaml(cfg: RunConfig) -> str:
@@ -441,7 +554,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -452,13 +565,13 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
     *sections, name = dotted.split(".")
     node = raw
     for section in sections:
-        child = node.setdefault(section, {})
+        child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
             raise ConfigError(f"override {item!r}: {section!r} is a value, not a section.")
         node = child
     try:
-        node[name] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        node[name] = yaml.load(value, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"override {item!r}: the value is not valid YAML: {error}") from error
 
 
@@ -471,10 +584,15 @@ def _explain(detail: Any) -> list[str]:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":  # one of ours, complete as it is
         return message.splitlines()
+    if detail["type"] == "field_rule":
+        return [f"{dotted}={detail['input']!r} {message}"]
     section = _section_at(loc[:-1])
     if detail["type"] == "extra_forbidden":
         known = list(section.model_fields) if section else []
-        return [f"unknown key {dotted}={detail['input']!r}.{_nearest(keys[-1], known)} Known here: {', '.join(known)}."]
+        hint = _nearest(keys[-1], known)
+        if keys[0] == "method" and (owners := [k for k, c in _METHOD_KINDS.items() if keys[-1] in c.model_fields]):
+            hint = f" It belongs to kind {' and '.join(owners)}: give the whole section, as in 'method={{kind: full}}'."
+        return [f"unknown key {dotted}={detail['input']!r}.{hint} Known here: {', '.join(known)}."]
     field = section.model_fields.get(keys[-1]) if section and keys else None
     doc = " ".join((field.description or "").split()) if field else ""
     if detail["type"] == "missing":
@@ -488,7 +606,23 @@ def _explain(detail: Any) -> list[str]:
     return [f"{dotted}={detail['input']!r}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
 
 
-_METHOD_KINDS: dict[str, type[Section]] = {"full": FullConfig, "lora": LoraConfig, "relora": ReloraConfig}
+def _scalar_problems(raw: dict[str, Any]) -> list[str]:
+    """Values that pydantic would take and nobody can have meant: secrets, and true where a number belongs."""
+    problems = []
+    method = raw.get("method")
+    kind = method.get("kind") if isinstance(method, dict) else None
+    for dotted, value in flatten(raw).items():
+        if isinstance(value, str) and _CREDENTIALS.search(value):
+            problems.append(
+                f"{dotted}={value!r} must not carry credentials in its URL: the config is stored and shown. Use "
+                f"the usual environment variables."
+            )
+        *path, name = dotted.split(".")
+        section = _section_at([path[0], str(kind), *path[1:]] if path[:1] == ["method"] else path)
+        field = section.model_fields.get(name) if section else None
+        if isinstance(value, bool) and field and bool not in _types_in(field.annotation):
+            problems.append(f"{dotted}={value} is neither a number nor a name. Give the value itself.")
+    return problems
 
 
 def _section_at(loc: list[str]) -> type[Section] | None:

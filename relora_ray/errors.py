@@ -44,5 +44,5 @@ class RanksDisagreeError(ReloraError):
     restart_helps = True
 
 
-class NotMergeableError(ReloraError):
-    """A method whose weights cannot be written as one dense model."""
+class RunFailedError(ReloraError):
+    """The run ended without reaching its last step."""

@@ -20,12 +20,14 @@ def export(run: str, out: str, *, step: int | None = None, dtype: torch.dtype = 
     if target.exists("config.json"):
         raise ConfigError(f"{target.url} holds a model already. Choose another folder, or delete it first.")
     trained = load_trained(run, step)
-    export_model(trained.cfg, trained.method.dense_state_dict(trained.model), target, dtype=dtype)
+    export_model(trained.storage, trained.cfg, trained.method.dense_state_dict(trained.model), target, dtype=dtype)
     return trained.manifest.step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m relora_ray.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_ray.export", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("run", help="the run's folder or URL")
     parser.add_argument("out", help="folder or URL to write")
     parser.add_argument("--step", type=int, default=None, help="a checkpoint's step; default: the newest")

@@ -2,8 +2,8 @@
 
     python -m relora_ray.launch CONFIG [key=value ...]
 
-Starting, continuing after a crash and growing an interrupted run are this one command. Uses the Ray cluster it
-runs in (RAY_ADDRESS), or starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
+Starting a run and continuing it after a crash are this one command. Uses the Ray cluster of RAY_ADDRESS (Ray jobs have
+it set), or else starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
 130 interrupted.
 """
 

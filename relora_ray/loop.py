@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from relora_ray.checkpoint import Checkpointer, Position
 from relora_ray.checkpoint.manifest import Counters
 from relora_ray.config import RunConfig
 from relora_ray.data.loader import BatchSource, MicroBatch
-from relora_ray.data.tokens import TokenRows
+from relora_ray.data.tokens import Split, TokenRows
 from relora_ray.errors import CheckpointError, DamagedError, NonFiniteError
 from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
@@ -217,8 +216,14 @@ def open_batches(cfg: RunConfig, world: World) -> Data:
     storage, index = Storage(cfg.data.path), open_data(cfg)
     micro = cfg.train.micro_batch_rows
 
-    def source(split: Any, micro_batch_rows: int) -> BatchSource:
+    def source(split: Split, micro_batch_rows: int) -> BatchSource:
         rows = TokenRows(storage, index, split, cfg.data.seq_len)
+        if split == "validation" and rows.num_rows < cfg.train.eval_rows and world.is_first:
+            logger.warning(
+                "train.eval_rows=%d: there are only %d validation rows, all are used",
+                cfg.train.eval_rows,
+                rows.num_rows,
+            )
         return BatchSource(
             rows,
             world,
@@ -342,7 +347,7 @@ def _save(checkpointer: Checkpointer, method: Method, state: TrainState) -> Reco
 def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storage: Storage) -> None:
     out = storage.child("model")
     if not out.exists("config.json"):
-        export_model(cfg, method.dense_state_dict(state.model), out)
+        export_model(storage, cfg, method.dense_state_dict(state.model), out)
 
 
 def _train_record(

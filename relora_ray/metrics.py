@@ -56,7 +56,7 @@ def read_all(storage: Storage, kind: str) -> list[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record.get("kind") == kind:
+            if isinstance(record, dict) and record.get("kind") == kind:
                 records.append(record)
     return records
 

@@ -55,10 +55,35 @@ def hf_config(model: ModelConfig, seq_len: int) -> transformers.PretrainedConfig
 def build_model(model: ModelConfig, *, seq_len: int, seed: int, device: str = "cpu") -> nn.Module:
     """A freshly initialised causal language model in fp32. `device="meta"` gives shapes without memory."""
     config = hf_config(model, seq_len)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(key(seed, "model"))
-        built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(key(seed, "model"))
+            built = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"model.huggingface={model.huggingface!r} is no causal language model that can be trained here: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return built.train()
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """See that no token looks ahead: some architectures load as causal models and are not. ConfigError."""
+    was_training = model.training
+    model.eval()
+    first = torch.arange(8).view(1, 8)
+    second = first.clone()
+    second[0, -1] = 0
+    before, after = (model(input_ids=ids).logits[0, :-1] for ids in (first, second))
+    model.train(was_training)
+    if not torch.equal(before, after):
+        raise ConfigError(
+            f"{type(model).__name__} is not causal: changing the last token changes earlier predictions, so it would "
+            f"be trained to copy. Set is_decoder in its config.json, or take another architecture."
+        )
 
 
 def load_hf_weights(model: nn.Module, folder: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TextIO
 
-from relora_ray.config import ReloraConfig, RunConfig
+from relora_ray.config import RunConfig
 
 
 class Progress:
@@ -55,13 +55,13 @@ class Progress:
             self._line_open = True
 
     def _cycle(self, e: dict[str, Any]) -> str:
-        cfg, method = self._cfg, self._cfg.method
+        cfg = self._cfg
         if e["step"] <= cfg.warm_start_steps:
             return "warm start"
-        if not isinstance(method, ReloraConfig):
-            return str(method.kind)
-        cycles = (cfg.steps - method.warm_start_steps) // method.merge_every_steps
-        return f"cycle {(e['step'] - method.warm_start_steps - 1) // method.merge_every_steps + 1}/{cycles}"
+        if cfg.merge_every_steps is None:
+            return str(cfg.method.kind)
+        cycles = (cfg.steps - cfg.warm_start_steps) // cfg.merge_every_steps
+        return f"cycle {(e['step'] - cfg.warm_start_steps - 1) // cfg.merge_every_steps + 1}/{cycles}"
 
     def _on_boundary(self, e: dict[str, Any]) -> None:
         if e["boundary_kind"] == "switch":

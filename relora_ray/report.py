@@ -65,7 +65,9 @@ def _size(size_bytes: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m relora_ray.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_ray.report", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("run", help="the run's folder or URL")
     args = parser.parse_args()
     try:

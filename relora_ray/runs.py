@@ -1,14 +1,16 @@
 """A run's place in storage: what it is, the data it reads, and the model its checkpoints hold.
 
-    <storage>/<name>/config.yaml     written once, compared at every start
+    <storage>/<name>/config.yaml     fixed by the first checkpoint, compared at every start
+    <storage>/<name>/data.json       the index of the data it reads, and beside it the tokenizer
     <storage>/<name>/model/          the finished model as a plain Hugging Face folder
 
-The driver uses this before anything is spent; export and `model.init_from` use it afterwards.
+The driver uses this before anything is spent, the loop at the start of an attempt, and export and
+`model.init_from` afterwards, when the data may be gone.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import platform
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageEr
 from relora_ray.methods import Method, build_method
 from relora_ray.model import (
     build_model,
+    check_causal,
     copy_weights,
     embedding_rows,
     is_hf_folder,
@@ -32,6 +35,7 @@ from relora_ray.model import (
 from relora_ray.storage import Storage
 
 CONFIG = "config.yaml"
+DATA = "data.json"
 
 
 def run_storage(cfg: RunConfig) -> Storage:
@@ -48,11 +52,12 @@ def open_data(cfg: RunConfig) -> DataIndex:
             f"run began with, or start a run of another name."
         )
     if cfg.model.llama is not None:
-        _check_vocabulary(cfg.model.llama_vocab_size, index)
+        check_vocabulary(cfg.model.llama_vocab_size, index)
     return index
 
 
-def _check_vocabulary(rows: int, index: DataIndex) -> None:
+def check_vocabulary(rows: int, index: DataIndex) -> None:
+    """DataError if a model with `rows` embedding rows cannot read the data's token ids."""
     if rows < index.vocab_size:
         raise DataError(
             f"model.vocab_size={rows} is less than the {index.vocab_size} token ids of the data's tokenizer. Set "
@@ -63,18 +68,20 @@ def _check_vocabulary(rows: int, index: DataIndex) -> None:
 def claim(cfg: RunConfig) -> RunConfig:
     """Tie the run's folder to this config, and return it with the data's fingerprint filled in.
 
-    The first start writes config.yaml. A later one must agree with it in every key that decides the result;
-    ConfigError lists those that differ. Operational keys may change.
+    Until there is a checkpoint nothing is lost, and a corrected config takes the place of the one before. From
+    then on the config must agree in every key that decides the result; ConfigError lists those that differ.
+    Operational keys may change.
     """
     storage = run_storage(cfg)
-    if not storage.exists(CONFIG):
-        if list_manifests(storage):
-            raise ConfigError(
-                f"{storage.url} holds checkpoints but no {CONFIG}: it is not clear what they are. Restore it."
-            )
+    if not list_manifests(storage):
         cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
-        with contextlib.suppress(FileExistsError):  # another driver came first: compare with its config
-            storage.put_new(CONFIG, to_yaml(cfg).encode())
+        _copy_tokenizer(cfg, storage)
+        storage.put(CONFIG, to_yaml(cfg).encode())
+        return cfg
+    if not storage.exists(CONFIG):
+        raise ConfigError(
+            f"{storage.url} holds checkpoints but no {CONFIG}: it is not clear what they are. Restore it."
+        )
     known = read_config(storage)
     if not cfg.data.fingerprint:
         cfg = _with_fingerprint(cfg, known.data.fingerprint)
@@ -89,6 +96,16 @@ def claim(cfg: RunConfig) -> RunConfig:
         )
     open_data(cfg)
     return cfg
+
+
+def _copy_tokenizer(cfg: RunConfig, run: Storage) -> None:
+    """What an export needs of the data, so that a run is whole without it."""
+    data = Storage(cfg.data.path)
+    if run.list("tokenizer"):  # of a first config that was corrected
+        run.delete("tokenizer")
+    for path in data.list("tokenizer"):
+        run.put(path, data.get(path))
+    run.put(DATA, data.get("index.json"))
 
 
 def check_visible(cfg: RunConfig) -> None:
@@ -116,7 +133,9 @@ def read_config(storage: Storage) -> RunConfig:
 def new_model(cfg: RunConfig) -> nn.Module:
     """The model a run starts from: a keyed random one, or the weights of `model.init_from`. fp32, on the CPU."""
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
-    _check_vocabulary(embedding_rows(model), open_data(cfg))
+    check_vocabulary(embedding_rows(model), open_data(cfg))
+    if cfg.model.huggingface:
+        check_causal(model)
     source = cfg.model.init_from
     if not source:
         return model
@@ -133,6 +152,7 @@ def new_model(cfg: RunConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Trained:
+    storage: Storage
     cfg: RunConfig
     method: Method
     model: nn.Module
@@ -154,25 +174,23 @@ def load_trained(url: str, step: int | None = None) -> Trained:
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
     method.adapt(model, manifest.step)
     restore_model(storage, manifest, model, method.frozen_names(model))
-    return Trained(cfg, method, model.eval(), manifest)
+    return Trained(storage, cfg, method, model.eval(), manifest)
 
 
 def export_model(
-    cfg: RunConfig, dense: dict[str, torch.Tensor], out: Storage, *, dtype: torch.dtype = torch.float32
+    run: Storage, cfg: RunConfig, dense: dict[str, torch.Tensor], out: Storage, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a plain Hugging Face folder: merged weights, config, tokenizer."""
-    data = Storage(cfg.data.path)
-    index = open_data(cfg)
+    """Write a plain Hugging Face folder: merged weights, config, tokenizer. Needs the run only, not its data."""
     with tempfile.TemporaryDirectory(prefix="relora-ray-export-") as folder:
         save_hf_folder(
             cfg.model,
             {name: t.to(dtype) for name, t in dense.items()},
             folder,
             seq_len=cfg.data.seq_len,
-            end_token_id=index.end_token_id,
+            end_token_id=json.loads(run.get(DATA))["end_token_id"],
         )
-        for path in data.list("tokenizer"):
-            out.put(path.removeprefix("tokenizer/"), data.get(path))
+        for path in run.list("tokenizer"):
+            out.put(path.removeprefix("tokenizer/"), run.get(path))
         local = Storage(folder)
         for path in sorted(local.list(), key=lambda path: path == "config.json"):  # last: it says that all is there
             out.put(path, local.get(path))

@@ -8,7 +8,7 @@ steps 0-9, follows one cosine to step 400, and at 100, 200 and 300 falls to 0 an
 
 import math
 
-from relora_ray.config import FullConfig, RunConfig
+from relora_ray.config import RunConfig
 
 
 def lr_multiplier(step: int, cfg: RunConfig) -> float:
@@ -18,10 +18,8 @@ def lr_multiplier(step: int, cfg: RunConfig) -> float:
     `training_utils.py:_get_cosine_schedule_with_multiple_warmups_lambda`), with restarts counted from the end
     of the warm start. The first update after a start or restart has rate 0, as published.
     """
-    ratio = 1.0
-    if not isinstance(cfg.method, FullConfig) and step < cfg.method.warm_start_steps:
-        ratio = cfg.method.warm_start_lr_ratio
-    return ratio * _shape(step, cfg)
+    warming = step < cfg.warm_start_steps
+    return (getattr(cfg.method, "warm_start_lr_ratio", 1.0) if warming else 1.0) * _shape(step, cfg)
 
 
 def restart_step(step: int, cfg: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""Plain objects under one folder or URL: put, read, list, delete. The only user of fsspec in the package.
+"""Plain objects under one folder or URL: put, read, list, delete. All that a run writes goes through here.
 
 A put is atomic: readers see the whole object or none. On the local disk that is a temporary file, fsync and
 rename; object stores do it by themselves. Every failure ends in one StorageError that names the object.
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from relora_ray.errors import StorageError
+from relora_ray.errors import ConfigError, StorageError
 
 T = TypeVar("T")
 
@@ -45,7 +45,10 @@ class Storage:
         if not self.is_local:
             # Cached listings and shared instances hide what other clients wrote.
             options = {"use_listings_cache": False, "skip_instance_cache": True, **options}
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+            try:
+                self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+            except (ValueError, ImportError) as error:
+                raise ConfigError(f"{self.url} cannot be used as storage: {error}.") from error
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -102,10 +105,8 @@ class Storage:
         """Bytes of an object, or None if there is none."""
         try:
             if self.is_local:
-                return os.stat(self._at(path)).st_size
+                return self._guard("look up", path, lambda: os.stat(self._at(path)).st_size)
             return int(self._guard("look up", path, lambda: self._fs.size(self._at(path))))
-        except FileNotFoundError:
-            return None
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None

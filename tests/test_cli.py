@@ -36,6 +36,9 @@ def yaml_file(tmp_path: Path) -> Path:
         ("method.lora_rank=64", "ConfigError: method.lora_rank=64 is more than 32"),
         ("model.vocab_size=100", "DataError: model.vocab_size=100 is less than the 2048 token ids"),
         ("data.fingerprint=0123456789abcdef", "but the run needs 0123456789abcdef"),
+        ("data.seq_len=100000", "not enough for one row of data.seq_len=100000"),
+        ("data.path=foo://x", "ConfigError: foo://x cannot be used as storage: Protocol not known"),
+        ("storage=/dev/null", "StorageError: cannot "),
     ],
 )
 def test_launch_refuses_before_ray_starts(
@@ -65,6 +68,15 @@ def test_launch_trains_and_prints_a_summary(yaml_file: Path, data: Path, tmp_pat
     other = command("launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs", "seed=9")
     assert other.returncode == 2
     assert "seed: 3 there, 9 here" in other.stderr
+
+
+def test_gpus_that_are_not_there_are_refused(yaml_file: Path, data: Path, tmp_path: Path) -> None:
+    done = command(
+        "launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs", "cluster.gpus_per_worker=1",
+        "cluster.workers=99",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "cluster.workers=99 with cluster.gpus_per_worker=1 need 99 GPUs; this machine has" in done.stderr
 
 
 def test_export_and_report(cfg: RunConfig, tmp_path: Path) -> None:

@@ -74,15 +74,37 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["method.reset.ratio=1.5"], ["method.reset.ratio=1.5", "less than 1"]),
         (["method.lora_rank=33"], ["method.lora_rank=33 is more than 32", "Use a rank of at most 32"]),
         (["method.target_modules=[q_proj,v_prj]"], ["'v_prj'", "Did you mean 'v_proj'?"]),
-        (["method.target_modules=[]"], ["method.target_modules is empty"]),
+        (["method.target_modules=[]"], ["method.target_modules=[]", "must name at least one layer"]),
+        (["method.target_modules=q_proj"], ["method.target_modules='q_proj' must be all-linear or a list of names"]),
+        (["method.target_modules=[q_proj,q_proj]"], ["each once"]),
+        (["steps=13:20"], ["steps='13:20'", "valid integer"]),
+        (["steps=true"], ["steps=True is neither a number"]),
+        (["optimizer.learning_rate=true"], ["optimizer.learning_rate=True is neither"]),
+        (["data.path=s3:/bucket"], ["data.path='s3:/bucket' is half a URL"]),
+        (["storage=s3://"], ["storage='s3://' is half a URL"]),
+        (["storage=file://runs"], ["storage='file://runs' is relative"]),
+        (["storage=$HOME/runs"], ["storage='$HOME/runs' has a $"]),
+        (["storage='  '"], ["storage='  ' is blank"]),
+        (["model.size=9m"], ["model.size='9m' has no effect"]),
+        (["model.init_from=runs/a@last"], ["model.init_from='runs/a@last' names 'last' after the @"]),
+        (["schedule.restart_warmup_steps=0"], ["schedule.restart_warmup_steps=0", "plain cosine"]),
+        (["schedule.kind=constant", "schedule.restart_warmup_steps=0", "schedule.min_lr_ratio=0"], ["has no effect"]),
+        (["method.warm_start_steps=0", "method.warm_start_lr_ratio=0.5"], ["method.warm_start_lr_ratio=0.5 has no"]),
+        (["method.reset={ratio: 0.5}"], ["method.reset.ratio=0.5 has no effect with method.reset.kind=zero"]),
+        (["checkpoint.keep_every_steps=5"], ["checkpoint.keep_every_steps=5 is not a multiple"]),
+        (["cluster.gpus_per_worker=2"], ["cluster.gpus_per_worker=2", "less than or equal to 1"]),
+        (["method.kind=full"], ["It belongs to kind relora: give the whole section"]),
         (["method.merge_every_steps=4"], ["method.merge_every_steps=4 does not divide the 9 steps", "use steps=11"]),
         (["method.warm_start_steps=12"], ["method.warm_start_steps=12 is not less than steps=12"]),
         (["method.warm_start_steps=50"], ["method.warm_start_steps=50 is not less than steps=12"]),
-        (["train.micro_batch_rows=4"], ["global_batch_rows=6", "train.micro_batch_rows=4", "micro_batch_rows=3"]),
+        (
+            ["train.micro_batch_rows=4"],
+            ["global_batch_rows=6", "train.micro_batch_rows=4", "micro_batch_rows=2 or global_batch_rows=8"],
+        ),
         (["schedule.restart_every_steps=4"], ["schedule.restart_every_steps=4", "not a multiple", "use 3 or 6"]),
         (["schedule.restart_warmup_steps=3"], ["schedule.restart_warmup_steps=3 is not less than the 3 steps"]),
         (["schedule.warmup_steps=4"], ["schedule.warmup_steps=4 is longer than the 3 steps"]),
-        (["schedule.kind=linear"], ["schedule.restart_warmup_steps=1 have no effect with schedule.kind=linear"]),
+        (["schedule.kind=linear"], ["schedule.restart_warmup_steps=1 has no effect with schedule.kind=linear"]),
         (["model.num_heads=5"], ["model.hidden_size=32 with model.num_heads=5"]),
         (["model.huggingface=gpt2"], ["model.hidden_size=32 is given together with model.huggingface='gpt2'"]),
         (["name=a/b"], ["name='a/b'", "pattern"]),
@@ -126,6 +148,26 @@ def test_missing_key_and_missing_file() -> None:
         parse_config("- 1\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         parse_config("a: [1\n")
+
+
+def test_yaml_means_what_it_looks_like() -> None:
+    cfg = parse_config(TINY, ["seed=010", "optimizer.learning_rate=1e-3", "steps=12", "storage=~/runs"])
+    assert (cfg.seed, cfg.optimizer.learning_rate) == (10, 1e-3)
+    assert cfg.storage.startswith("/")
+    assert parse_config(TINY + "\ncluster:\n").cluster.workers == 1, "a section that is all comments has its defaults"
+    with pytest.raises(ConfigError, match="key 'steps' is there twice, once at line"):
+        parse_config(TINY + "\nsteps: 15\n")
+    with pytest.raises(ConfigError, match="key 'eval_rows' is there twice"):
+        parse_config(TINY, ["train={micro_batch_rows: 3, eval_rows: 5, eval_rows: 6}"])
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_config("[" * 3000)
+
+
+def test_rank_is_held_against_the_named_layers() -> None:
+    narrow = ["model.intermediate_size=16", "method.lora_rank=20"]
+    with pytest.raises(ConfigError, match=r"method.lora_rank=20 is more than 16"):
+        parse_config(TINY, narrow)
+    parse_config(TINY, [*narrow, "method.target_modules=[q_proj, o_proj]"])
 
 
 def test_method_without_merges_takes_no_merge_keys() -> None:

@@ -258,6 +258,14 @@ def test_any_causal_model_trains_merges_and_exports(name: str, data: Path, tmp_p
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
+def test_model_that_looks_ahead_is_refused(data: Path, tmp_path: Path) -> None:
+    transformers.BertConfig(
+        vocab_size=2048, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    ).save_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match="is not causal"):
+        run(tiny_config(data, tmp_path, model={"huggingface": str(tmp_path / "a")}))
+
+
 def test_row_longer_than_the_positions_is_refused(data: Path, tmp_path: Path) -> None:
     transformers.GPT2Config(vocab_size=2048, n_embd=32, n_layer=1, n_head=4, n_positions=16).save_pretrained(
         tmp_path / "a"

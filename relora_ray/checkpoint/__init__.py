@@ -4,7 +4,6 @@ from relora_ray.checkpoint.checkpointer import Checkpointer, Position, restore_m
 from relora_ray.checkpoint.manifest import (
     Manifest,
     list_manifests,
-    newest_manifest,
     plan_prune,
     read_manifest,
 )
@@ -14,7 +13,6 @@ __all__ = [
     "Manifest",
     "Position",
     "list_manifests",
-    "newest_manifest",
     "plan_prune",
     "read_manifest",
     "restore_model",

@@ -104,11 +104,6 @@ def read_manifest(storage: Storage, step: int) -> Manifest:
         raise DamagedError(f"{storage.url}/{path} is not a readable manifest: {problem}.") from error
 
 
-def newest_manifest(storage: Storage) -> Manifest | None:
-    steps = list_manifests(storage)
-    return read_manifest(storage, steps[-1]) if steps else None
-
-
 def plan_prune(
     manifests: Iterable[Manifest],
     folders: Collection[str],

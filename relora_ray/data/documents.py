@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,14 +39,15 @@ def read_documents(
         for document in documents:
             if document.strip():
                 yield document
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError, ImportError, zlib.error, lzma.LZMAError) as error:
+        # ValueError: text that is not UTF-8, Parquet that is none, a protocol that fsspec does not know
         raise DataError(
             f"{source}: cannot be read as {form}: {error}. Check the path, or name its --format."
         ) from error
 
 
 def _guess_format(source: str) -> str:
-    stem = re.sub(r"\.(gz|bz2|xz|zst)$", "", source)
+    stem = re.sub(r"\.(gz|bz2|xz)$", "", source)
     if stem.endswith((".jsonl", ".json", ".ndjson")):
         return "jsonl"
     if source.endswith(".parquet"):
@@ -101,7 +104,7 @@ def _parquet(source: str, text_field: str) -> Iterator[str]:
             raise DataError(f"{source} has no column {text_field!r}, only {columns}. Set --text-field.")
         for batch in parquet.iter_batches(batch_size=256, columns=[text_field]):
             for value in batch.column(0).to_pylist():
-                yield value or ""
+                yield _field({text_field: value}, text_field, source)
 
 
 def _datasets(source: str, form: str, text_field: str, split: str) -> Iterator[str]:

@@ -3,17 +3,19 @@
     python -m relora_ray.data.prepare TEXT... --out FOLDER_OR_URL --tokenizer TOKENIZER
 
 Documents are read in order and cut into batches of about `--batch-mb`; worker processes tokenize the batches
-and store each result under parts/, which makes a killed run resumable: a finished batch of the same text,
+and store each result under .prepare/, which makes a killed run resumable: a finished batch of the same text,
 tokenizer and split is not tokenized again. The parts are then packed into shards of exactly `--shard-tokens`
 tokens (the last of a split is shorter), the index is written last, and the parts are removed.
 
-A document goes to validation by a hash of its text, so equal documents never fall on both sides.
+A document goes to validation by a hash of its text, so equal documents never fall on both sides (documents of
+--validation sources are held out as they are).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
@@ -38,6 +40,9 @@ from relora_ray.errors import ConfigError, DataError, ReloraError, StorageError
 from relora_ray.storage import Storage
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+WORK = ".prepare"
+"""Folder of unfinished work below --out."""
+DEFAULT_FRACTION = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,8 @@ class Request:
     out: str
     tokenizer: str
     validation_sources: tuple[str, ...] = ()
-    validation_fraction: float = 0.005
+    validation_fraction: float | None = None
+    """Share of documents held out by their hash; default 0.005, and none with validation_sources."""
     document_separator: str = r"<\|endoftext\|>"
     form: str = ""
     text_field: str = "text"
@@ -67,7 +73,7 @@ class _Batch:
     documents: list[str]
 
     @property
-    def size_bytes(self) -> int:
+    def num_characters(self) -> int:
         return sum(len(d) for d in self.documents)
 
 
@@ -105,8 +111,7 @@ def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
     """Write the dataset and return its index. DataError or StorageError; nothing existing is overwritten."""
     _check(request)
     storage = Storage(request.out)
-    if storage.exists("index.json"):
-        raise DataError(f"{storage.url} already holds a dataset. Choose another --out, or delete it first.")
+    _claim(storage)
     tokenizer = load_tokenizer(request.tokenizer)
     vocab_size = num_token_ids(tokenizer)
     encoding = _Encoding(
@@ -114,7 +119,7 @@ def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         end_token_id=end_token_id(tokenizer, request.end_token),
         dtype="uint16" if vocab_size <= 2**16 else "uint32",
-        validation_fraction=0.0 if request.validation_sources else request.validation_fraction,
+        validation_fraction=0.0 if request.validation_sources else request.validation_fraction or DEFAULT_FRACTION,
     )
     parts = _tokenize_all(request, storage, encoding, quiet)
     _check_splits(request, parts)
@@ -127,12 +132,30 @@ def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
     )
     _store_tokenizer(storage, tokenizer)
     write_index(storage, index)
-    storage.delete("parts")
+    storage.delete(WORK)
     return index
 
 
+def _claim(storage: Storage) -> None:
+    """See that the folder is empty or holds our own unfinished work: nothing of anybody else's is overwritten."""
+    there = storage.list()
+    if "index.json" in there:
+        raise DataError(f"{storage.url} already holds a dataset. Choose another --out, or delete it first.")
+    if there and not any(path.startswith(f"{WORK}/") for path in there):
+        raise DataError(f"{storage.url} is not empty: it holds {there[0]}. Choose an --out of its own.")
+    storage.put(f"{WORK}/started", b"")
+
+
 def _check(request: Request) -> None:
-    if not 0 < request.validation_fraction < 1:
+    if not request.out.strip():
+        raise ConfigError("--out is empty. Name a folder or a URL.")
+    if request.validation_fraction is not None and request.validation_sources:
+        raise ConfigError(
+            f"--validation-fraction={request.validation_fraction} has no effect with --validation. Give one of them."
+        )
+    if both := sorted(set(request.sources) & set(request.validation_sources)):
+        raise ConfigError(f"--validation {both[0]} is a training source, too: held-out text must not be trained on.")
+    if request.validation_fraction is not None and not 0 < request.validation_fraction < 1:
         raise ConfigError(f"--validation-fraction={request.validation_fraction} is not between 0 and 1.")
     for name in ("shard_tokens", "batch_mb", "num_workers"):
         if getattr(request, name) <= 0:
@@ -152,8 +175,8 @@ def _check_splits(request: Request, parts: list[_Part]) -> None:
     if not documents["validation"]:
         raise DataError(
             f"none of {documents['train']:,} documents fell to validation at --validation-fraction="
-            f"{request.validation_fraction}. Raise it, name --validation files, or split the text into more documents "
-            f"with --document-separator."
+            f"{request.validation_fraction or DEFAULT_FRACTION}. Raise it, name --validation files, or split the text "
+            f"into more documents with --document-separator."
         )
 
 
@@ -171,17 +194,21 @@ def _batches(request: Request) -> Iterator[_Batch]:
         )
 
     number = 0
-    for split, sources in ((None, request.sources), ("validation", request.validation_sources)):
+    groups: tuple[tuple[Split | None, tuple[str, ...]], ...] = (
+        (None, request.sources),
+        ("validation", request.validation_sources),
+    )
+    for split, sources in groups:
         documents: list[str] = []
         size = 0
         for document in read(sources):
             documents.append(document)
             size += len(document)
             if size >= request.batch_mb * 1e6:
-                yield _Batch(number, split, documents)  # type: ignore[arg-type]
+                yield _Batch(number, split, documents)
                 number, documents, size = number + 1, [], 0
         if documents:
-            yield _Batch(number, split, documents)  # type: ignore[arg-type]
+            yield _Batch(number, split, documents)
             number += 1
 
 
@@ -201,7 +228,7 @@ def _tokenize_all(request: Request, storage: Storage, encoding: _Encoding, quiet
     with bar, ProcessPoolExecutor(request.num_workers, spawn, _start_worker, (encoding,)) as pool:
         for batch in _batches(request):
             done = _stored_part(storage, batch.number, encoding.part_key(batch))
-            in_flight.append((done or pool.submit(_encode_batch, storage, batch), batch.size_bytes))
+            in_flight.append((done or pool.submit(_encode_batch, storage, batch), batch.num_characters))
             if len(in_flight) > 2 * request.num_workers:
                 finish_one()
         while in_flight:
@@ -210,7 +237,7 @@ def _tokenize_all(request: Request, storage: Storage, encoding: _Encoding, quiet
 
 
 def _part_path(number: int, ending: str) -> str:
-    return f"parts/{number:07d}{ending}"
+    return f"{WORK}/{number:07d}{ending}"
 
 
 def _stored_part(storage: Storage, number: int, key: str) -> _Part | None:
@@ -256,13 +283,11 @@ def _encode_batch(storage: Storage, batch: _Batch) -> _Part:
 
 def _hash_share(document: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "little") / 2**64
+    return int.from_bytes(hashlib.blake2b(document.strip().encode(), digest_size=8).digest(), "little") / 2**64
 
 
 def _pack(storage: Storage, split: Split, parts: list[_Part], shard_tokens: int) -> SplitIndex:
     """Concatenate the parts of one split and write shards of exactly `shard_tokens`, the last one shorter."""
-    import io
-
     shards: list[Shard] = []
     waiting: list[Any] = []
 
@@ -299,7 +324,9 @@ def _store_tokenizer(storage: Storage, tokenizer: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m relora_ray.data.prepare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_ray.data.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     default = Request(sources=(), out="", tokenizer="")
     add = parser.add_argument
     add(
@@ -332,7 +359,7 @@ def main() -> None:
     add("--split", default=default.split, help="split of a saved or hub dataset to read")
     add("--end-token", default="", help="token after each document; default: the tokenizer's own")
     add("--shard-tokens", type=int, default=default.shard_tokens)
-    add("--batch-mb", type=float, default=default.batch_mb, help="megabytes of text per unit of work")
+    add("--batch-mb", type=float, default=default.batch_mb, help="millions of characters per unit of work")
     add("--num-workers", type=int, default=default.num_workers)
     args = vars(parser.parse_args())
     args["sources"], args["validation_sources"] = tuple(args["sources"]), tuple(args["validation_sources"])

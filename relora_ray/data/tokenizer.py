@@ -22,8 +22,9 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         if name.endswith(".json"):
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=name)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # OSError, ValueError, and bare Exception from the Rust side
         raise DataError(
             f"tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a Hugging Face folder, a "
@@ -31,6 +32,14 @@ def load_tokenizer(name: str) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {name!r} has no fast version. Convert it to a tokenizer.json first.")
+    # Some are published with truncation to their model's length: documents here are taken whole.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    if not tokenizer.backend_tokenizer.encode("It was a truth.", add_special_tokens=False).ids:
+        raise DataError(
+            f"tokenizer {name!r} turns text into nothing: there is no tokenizer in that folder. Give one that has a "
+            f"tokenizer.json."
+        )
     return tokenizer
 
 
@@ -56,9 +65,14 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def train_tokenizer(texts: list[str], *, vocab_size: int, out: str) -> None:
-    """Train a byte-level BPE (any text can be encoded) and save it as a Hugging Face folder."""
+    """Train a byte-level BPE (any text can be encoded) and save it as a local Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if vocab_size <= 256 or not any(texts) or "://" in out:
+        raise DataError(
+            f"no tokenizer of {vocab_size} tokens can be made from {sum(map(len, texts)):,} characters and written to "
+            f"{out!r}: it needs more than 256 tokens (one for every byte), some text, and a local folder."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +93,9 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, out: str) -> None:
 def main() -> None:
     from relora_ray.data.documents import read_documents
 
-    parser = argparse.ArgumentParser(prog="python -m relora_ray.data.tokenizer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_ray.data.tokenizer", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("text", nargs="+", help="plain text, JSON lines, Parquet, a saved dataset or a hub name")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=4096)

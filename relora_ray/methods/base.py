@@ -64,7 +64,7 @@ class Method(ABC):
     def dense_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The function of `model` as a plain state dict of the unwrapped architecture, fp32, on the CPU.
 
-        Does not change the model. Raises NotMergeableError where there is no such dict."""
+        Does not change the model."""
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_adamw(model, self.cfg.optimizer)
@@ -74,7 +74,3 @@ class Method(ABC):
         while step > 0 and not self.is_boundary(step):
             step -= 1
         return step
-
-    def num_boundaries(self, step: int) -> int:
-        """Boundaries at or before `step`, without the start."""
-        return sum(self.is_boundary(s) for s in range(1, step + 1))

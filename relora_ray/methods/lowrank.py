@@ -9,6 +9,7 @@ zeroes A too when it wraps (`relora.py:122`): neither gets a gradient until the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from relora_ray.config import LoraConfig
 from relora_ray.errors import ConfigError
 from relora_ray.keyed import key
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_gain")
 
@@ -115,10 +118,29 @@ def wrap_(model: nn.Module, cfg: LoraConfig) -> list[str]:
                 f"method.lora_rank={cfg.lora_rank} is more than {min(linear.weight.shape)}, the smaller side of {path} "
                 f"{tuple(linear.weight.shape)}. Use a rank of at most {min(linear.weight.shape)}."
             )
+    if wanted is None:
+        _warn_of_unwrapped_matrices(model, set(chosen))
     for path, linear in chosen.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, LowRankLinear(linear, cfg))
     return list(chosen)
+
+
+def _warn_of_unwrapped_matrices(model: nn.Module, wrapped: set[str]) -> None:
+    """Experts and the like hold matrices that are no linear layers: they stay trained in full."""
+    left = {
+        name: parameter.numel()
+        for block in _block_lists(model)
+        for name, parameter in model.named_parameters()
+        if name.startswith(f"{block}.") and parameter.ndim >= 2 and name.rpartition(".")[0] not in wrapped
+    }
+    if left:
+        logger.warning(
+            "%d matrices inside the blocks are no linear layers: they stay trained in full (%.1f M), such as %s",
+            len(left),
+            sum(left.values()) / 1e6,
+            next(iter(left)),
+        )
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -168,7 +190,11 @@ def folded_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """Linear layers inside the model's lists of blocks: not the head, not the embeddings."""
-    blocks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = _block_lists(model)
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and any(path.startswith(f"{block}.") for block in blocks):
             yield path, module
+
+
+def _block_lists(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]

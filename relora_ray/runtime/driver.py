@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray import config as rc
-from relora_ray.errors import ConfigError, ReloraError
+from relora_ray.errors import ConfigError, RunFailedError
+from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
-from relora_ray.model import build_model
-from relora_ray.runs import claim, open_data, run_storage
+from relora_ray.model import build_model, embedding_rows
+from relora_ray.parallel import World
+from relora_ray.runs import check_vocabulary, claim, open_data, run_storage
 from relora_ray.runtime.coordinator import Coordinator, Event
 from relora_ray.runtime.worker import train_worker
 
@@ -32,10 +35,6 @@ logger = logging.getLogger(__name__)
 OnEvent = Callable[[Event], None]
 
 POLL_S = 0.5
-
-
-class RunFailedError(ReloraError):
-    """The run ended without reaching its last step."""
 
 
 def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
@@ -49,11 +48,11 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
             f"absolute path that all machines share, or a URL."
         )
     cfg = _with_absolute_paths(cfg)
-    open_data(cfg)
+    open_batches(cfg, World())
     if cfg.model.llama is None:  # the config has checked LLaMA's shapes; others are seen by wrapping a shell
-        build_method(cfg).adapt(
-            build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta"), cfg.steps
-        )
+        shell = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta")
+        check_vocabulary(embedding_rows(shell), open_data(cfg))
+        build_method(cfg).adapt(shell, cfg.steps)
     return claim(cfg)
 
 
@@ -131,19 +130,30 @@ def _train_storage(cfg: rc.RunConfig, scratch: str) -> str:
 
 @contextmanager
 def _ray(cfg: rc.RunConfig) -> Iterator[None]:
-    """The cluster this process belongs to, if any, else a local Ray with a slot for every worker."""
+    """The cluster of RAY_ADDRESS (Ray jobs have it set), or else a local Ray with a slot for every worker.
+
+    A Ray that happens to run on this machine is not joined unasked: it may be another run's own, and end with it.
+    """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if ray.is_initialized():
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-    except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
             raise RunFailedError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Start it, or unset it."
             ) from error
+    else:
+        wanted = cfg.cluster.workers * cfg.cluster.gpus_per_worker
+        if wanted > torch.cuda.device_count():
+            raise RunFailedError(
+                f"cluster.workers={cfg.cluster.workers} with cluster.gpus_per_worker={cfg.cluster.gpus_per_worker} "
+                f"need {wanted} GPUs; this machine has {torch.cuda.device_count()}, and RAY_ADDRESS names no cluster. "
+                f"Set RAY_ADDRESS, lower cluster.workers, or train on the CPU with cluster.gpus_per_worker=0."
+            )
         needed = cfg.cluster.workers * cfg.cluster.cpus_per_worker
         ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
     try:

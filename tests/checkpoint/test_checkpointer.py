@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from relora_ray.checkpoint import list_manifests, newest_manifest, read_manifest
+from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.checkpoint import parts as parts_module
 from relora_ray.checkpoint.parts import read_index
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from relora_ray.export import export
 from relora_ray.loop import run_attempt
 from relora_ray.parallel import World
 from relora_ray.runs import load_trained, run_storage
@@ -250,8 +252,7 @@ def test_second_commit_of_a_step_is_refused(cfg: RunConfig) -> None:
     def interfere(record) -> None:
         if record["kind"] == "train" and record["step"] == 4:
             storage = run_storage(cfg)
-            newest = newest_manifest(storage)
-            assert newest is not None
+            newest = read_manifest(storage, 3)
             storage.put(newest.model_copy(update={"step": 4}).path, newest.model_dump_json().encode())
 
     with pytest.raises(CheckpointError, match=r"was committed by somebody else: two drivers are on one run"):
@@ -295,6 +296,22 @@ def test_vocabulary_too_small_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model.vocab_size=2000 is less than the 2048 token ids.*vocab_size=2048"):
         run(tiny_config(data, tmp_path, "model.vocab_size=2000"))
     assert not (tmp_path / "tiny").exists()
+
+
+def test_config_may_be_corrected_until_there_is_a_checkpoint(cfg: RunConfig, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        run(tiny_config(data, tmp_path, "seed=77"), crash_at(0, "eval"))
+    state, _ = run(cfg)
+    assert state.position.step == 12
+
+
+def test_run_is_exported_without_its_data(interrupted: RunConfig, data: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.move(run_storage(interrupted).url, tmp_path / "moved"))
+    text = (moved / "config.yaml").read_text().replace(str(data), "/gone").replace(str(tmp_path), "/gone")
+    (moved / "config.yaml").write_text(text)
+    assert export(str(moved), str(tmp_path / "out")) == 9
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 2048
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == 0
 
 
 def test_load_trained_names_the_steps_there_are(interrupted: RunConfig) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import transformers
 
 from relora_ray.data import prepare as prepare_module
 from relora_ray.data.prepare import Request, prepare
@@ -73,7 +74,7 @@ def test_shards_have_the_asked_length(prepared: Path) -> None:
     assert len(lengths) > 2
     assert set(lengths[:-1]) == {500}
     assert 0 < lengths[-1] <= 500
-    assert not (prepared / "parts").exists()
+    assert not (prepared / ".prepare").exists()
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "saved", "batches"])
@@ -109,7 +110,7 @@ def test_killed_run_resumes_without_tokenizing_again(
         patch.setattr(prepare_module, "_pack", die)
         with pytest.raises(KeyboardInterrupt):
             prepare(wanted, quiet=True)
-    records = sorted((tmp_path / "out/parts").glob("*.json"))
+    records = sorted((tmp_path / "out/.prepare").glob("*.json"))
     assert len(records) > 4
     records[1].unlink()  # one batch was under way
     before = {p: p.stat().st_mtime_ns for p in records if p.exists()}
@@ -143,7 +144,7 @@ def test_equal_documents_never_fall_on_both_sides(tmp_path: Path) -> None:
 def test_named_validation_sources_are_held_out_whole(text_file: Path, tmp_path: Path) -> None:
     held = tmp_path / "held.txt"
     held.write_text("Held out.\n")
-    prepare(request(tmp_path / "out", text_file, validation_sources=(str(held),)), quiet=True)
+    prepare(request(tmp_path / "out", text_file, validation_sources=(str(held),), validation_fraction=None), quiet=True)
     assert decoded(tmp_path / "out", "validation") == ["Held out.\n"]
     assert len(decoded(tmp_path / "out", "train")) == 40
 
@@ -204,6 +205,55 @@ def test_bad_settings_are_refused(text_file: Path, tmp_path: Path) -> None:
         prepare(request(tmp_path / "out", text_file, validation_fraction=2.0), quiet=True)
     with pytest.raises(ConfigError, match="no regular expression"):
         prepare(request(tmp_path / "out", text_file, document_separator="("), quiet=True)
+
+
+def test_truncation_stored_in_a_tokenizer_is_not_applied(text_file: Path, prepared: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(TOKENIZER))
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    cut = request(tmp_path / "out", text_file, tokenizer=str(tmp_path / "tokenizer.json"), end_token="<|endoftext|>")
+    prepare(cut, quiet=True)
+    assert stream(tmp_path / "out", "train") == stream(prepared, "train")
+
+
+def test_model_folder_without_a_tokenizer_is_refused(text_file: Path, tmp_path: Path) -> None:
+    transformers.GPT2Config().save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=r"tokenizer .*(turns text into nothing|cannot be loaded|no fast version)"):
+        prepare(request(tmp_path / "out", text_file, tokenizer=str(tmp_path / "model")), quiet=True)
+
+
+def test_folder_with_other_files_is_left_alone(text_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "train-00000.npy").write_text("thesis")
+    with pytest.raises(DataError, match=r"is not empty: it holds train-00000\.npy"):
+        prepare(request(mine, text_file), quiet=True)
+    assert (mine / "train-00000.npy").read_text() == "thesis"
+    with pytest.raises(ConfigError, match="--out is empty"):
+        prepare(dataclasses.replace(request(mine, text_file), out=""), quiet=True)
+
+
+def test_validation_source_must_not_be_trained_on(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a training source, too"):
+        prepare(
+            request(tmp_path / "a", text_file, validation_sources=(str(text_file),), validation_fraction=None),
+            quiet=True,
+        )
+
+
+@pytest.mark.parametrize("name", ["cut.txt.gz", "bad.parquet", "latin.txt"])
+def test_damaged_sources_are_named(name: str, text_file: Path, tmp_path: Path) -> None:
+    import gzip
+
+    content = {
+        "cut.txt.gz": gzip.compress(text_file.read_bytes())[:-30],
+        "bad.parquet": b"no parquet",
+        "latin.txt": "caf\u00e9\n".encode("latin-1"),
+    }[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: cannot be read as"):
+        prepare(request(tmp_path / "out", tmp_path / name), quiet=True)
 
 
 def test_existing_data_is_not_overwritten(prepared: Path, text_file: Path) -> None:

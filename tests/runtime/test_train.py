@@ -13,10 +13,11 @@ import ray
 
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
+from relora_ray.errors import RunFailedError
 from relora_ray.metrics import read, read_all
 from relora_ray.runs import run_storage
 from relora_ray.runtime import driver
-from relora_ray.runtime.driver import RunFailedError, preflight
+from relora_ray.runtime.driver import preflight
 from tests.tiny import tiny_config
 
 
