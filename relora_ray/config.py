@@ -411,7 +411,7 @@ def _schedule_problems(cfg: RunConfig) -> list[str]:
             "schedule.restart_warmup_steps=0 with schedule.kind=jagged_cosine: without a climb after each restart it "
             "is the plain cosine. Set it, to a tenth of a cycle or less, or use kind cosine."
         )
-    if (cfg.steps - cfg.warm_start_steps) % every:
+    if sched.restart_every_steps and (cfg.steps - cfg.warm_start_steps) % every:
         problems.append(
             f"schedule.restart_every_steps={every} does not divide the {cfg.steps - cfg.warm_start_steps} steps that "
             f"follow the warm start. Cycles must be whole: change it or steps."
