@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import transformers
 
+from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
 from relora_ray.runs import run_storage
+from relora_ray.storage import Storage
 from tests.tiny import TINY, run
 
 ROOT = Path(__file__).parent.parent
@@ -106,3 +109,22 @@ def test_own_text_from_tokenizer_to_shards(austen_excerpt: Path, tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "vocabulary 400, fingerprint" in done.stdout
+
+
+def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle: exit code 130, no traceback, and checkpoints to go on from."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs",
+         "steps=30003", "train.log_every_steps=1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step     9/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-2000:]
+    assert "interrupted: run the same command again to continue" in errors
+    assert "Traceback" not in errors
+    assert list_manifests(Storage(f"{tmp_path}/runs/tiny"))[-1] >= 8

@@ -96,6 +96,8 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
             trainer.fit()
         except TrainingFailedError as error:
             raise RunFailedError(_failure(coordinator, str(error))) from error
+        except SystemExit as error:  # how Ray Train answers Ctrl-C, after it has stopped the workers
+            raise KeyboardInterrupt from error
     if fatal := ray.get(coordinator.fatal.remote()):
         raise RunFailedError(fatal)
 
