@@ -137,6 +137,7 @@ def save_hf_folder(
     config.use_cache = True
     with torch.device("meta"):
         shell = transformers.AutoModelForCausalLM.from_config(config, dtype=next(iter(dense.values())).dtype)
+    transformers.utils.logging.disable_progress_bar()
     # Tied weights appear twice in a state dict and once in a file; the architecture knows which.
     tied = set(getattr(shell, "all_tied_weights_keys", None) or {})
     shell.save_pretrained(folder, state_dict={name: t for name, t in dense.items() if name not in tied})

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
 
 from relora_ray.config import RunConfig, parse_config
@@ -71,3 +73,13 @@ def state_digest(state: TrainState) -> int:
     tensors = [p.detach() for p in state.model.parameters()]
     tensors += [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
     return digest(tensors)
+
+
+def assert_loads_as_the_live_model(folder: str, state: TrainState, ids: torch.Tensor) -> None:
+    """The exported folder, in plain transformers: no missing and no unexpected key, the live model's logits."""
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        ours, theirs = state.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()

@@ -15,7 +15,7 @@ from relora_ray.methods import METHODS, build_method
 from relora_ray.parallel import World
 from relora_ray.runs import new_model
 from relora_ray.storage import Storage
-from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
+from tests.tiny import Crash, assert_loads_as_the_live_model, crash_at, losses, run, state_digest, tiny_config
 
 PLAIN = {"kind": "cosine", "warmup_steps": 1}
 JAGGED = {"kind": "jagged_cosine", "warmup_steps": 1, "restart_warmup_steps": 1}
@@ -101,13 +101,7 @@ def test_boundary_keeps_the_function(cfg: RunConfig) -> None:
 def test_export_equals_the_live_model(cfg: RunConfig) -> None:
     state, _ = run(cfg)
     folder = f"{cfg.storage}/{cfg.name}/model"
-    plain, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    ids = open_batches(cfg, World()).validation.step(0)[0].inputs
-    with torch.no_grad():
-        ours, theirs = state.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
-    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+    assert_loads_as_the_live_model(folder, state, open_batches(cfg, World()).validation.step(0)[0].inputs)
     assert len(transformers.AutoTokenizer.from_pretrained(folder)) == 2048
 
 
