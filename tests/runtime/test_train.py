@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,12 @@ from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A Ray of this module's own, in a folder of its own."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=short_folder())
-    yield
-    ray.shutdown()
-
-
-def short_folder() -> str:
-    """Ray's sockets need short paths."""
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+def local_ray() -> Iterator[None]:
+    """A Ray of this module's own, in a folder of its own (with a short name: its sockets' paths have a limit)."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        yield
+        ray.shutdown()
 
 
 def config(data: Path, folder: Path, *overrides: str) -> RunConfig:
@@ -41,9 +37,9 @@ def config(data: Path, folder: Path, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def reference(data: Path, local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def reference(data: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """An undisturbed run on two workers."""
-    cfg = config(data, tmp_path_factory.mktemp("reference"), "steps=33")
+    cfg = config(data, tmp_path_factory.mktemp("reference"), "steps=93")
     driver.run(cfg, on_event=lambda event: None)
     return cfg
 
@@ -58,11 +54,11 @@ def evals(cfg: RunConfig) -> dict[int, float]:
 
 def test_run_reaches_its_end_and_exports(reference: RunConfig) -> None:
     storage = run_storage(reference)
-    assert sorted(losses(reference)) == list(range(1, 34))
-    assert list_manifests(storage)[-1] == 33
+    assert sorted(losses(reference)) == list(range(1, 94))
+    assert list_manifests(storage)[-1] == 93
     assert [a["world_size"] for a in read_all(storage, "attempt")] == [2]
     assert storage.exists("model/model.safetensors")
-    assert losses(reference)[33] < losses(reference)[1] - 1
+    assert losses(reference)[93] < losses(reference)[1] - 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -70,7 +66,7 @@ def test_killed_worker_changes_nothing_in_the_result(
     reference: RunConfig, data: Path, tmp_path: Path, rank: int
 ) -> None:
     """SIGKILL in the middle of a cycle: the run recovers by itself, and every loss is the undisturbed run's."""
-    cfg = config(data, tmp_path, "steps=33")
+    cfg = config(data, tmp_path, "steps=93")
     pids: dict[int, int] = {}
     killed = threading.Event()
 
@@ -85,12 +81,12 @@ def test_killed_worker_changes_nothing_in_the_result(
     assert killed.is_set()
     attempts = read_all(run_storage(cfg), "attempt")
     assert len(attempts) == 2, "the kill took place"
-    assert 12 <= attempts[1]["step"] < 33
+    assert 12 <= attempts[1]["step"] < 93
     assert losses(cfg) == losses(reference)
     assert evals(cfg) == evals(reference)
 
 
-def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: Any, data: Path, tmp_path: Path) -> None:
+def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: None, data: Path, tmp_path: Path) -> None:
     cfg = config(data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=1")
     events: list[dict[str, Any]] = []
     with pytest.raises(
@@ -101,9 +97,9 @@ def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: Any, d
     assert [e for e in events if e["kind"] == "log" and "is not finite" in e["message"]]
 
 
-def test_same_command_again_continues(local_ray: Any, data: Path, tmp_path: Path, reference: RunConfig) -> None:
+def test_same_command_again_continues(local_ray: None, data: Path, tmp_path: Path, reference: RunConfig) -> None:
     """A driver that was stopped: the next one takes the run up from storage."""
-    cfg = config(data, tmp_path, "steps=33", "cluster.max_failures=0")
+    cfg = config(data, tmp_path, "steps=93", "cluster.max_failures=0")
     pids: list[int] = []
 
     def stop_at_8(event: dict[str, Any]) -> None:
@@ -116,6 +112,6 @@ def test_same_command_again_continues(local_ray: Any, data: Path, tmp_path: Path
 
     with pytest.raises(RunFailedError, match="Ray Train gave up"):
         driver.run(cfg, on_event=stop_at_8)
-    assert list_manifests(run_storage(cfg))[-1] < 33
-    driver.run(config(data, tmp_path, "steps=33"), on_event=lambda event: None)
+    assert list_manifests(run_storage(cfg))[-1] < 93
+    driver.run(config(data, tmp_path, "steps=93"), on_event=lambda event: None)
     assert losses(cfg) == losses(reference)
