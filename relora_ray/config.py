@@ -1,8 +1,6 @@
-"""Every config class on one page. One YAML is one run; the command line overrides keys and adds none.
+"""Every config class on one page, and the rules between them. One YAML is one run: config_file.py reads it.
 
-`load_config("configs/quickstart.yaml", ["steps=300"])` returns a frozen, fully checked `RunConfig` or raises
-one `ConfigError` that lists every problem with key, value, rule and fix. No torch and no Ray is imported
-here: a typo costs well under a second.
+No torch and no Ray is imported here: a config is checked in well under a second.
 
 Steps count optimizer updates, from 0. "After step s" and every `*_steps` value count finished updates.
 """
@@ -13,26 +11,19 @@ import difflib
 import math
 import os
 import re
-import types
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from relora_ray.errors import ConfigError
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
-
-_CREDENTIALS = re.compile(r"://[^/@\s]*@")
 
 
 class Section(BaseModel):
@@ -112,7 +103,7 @@ class ModelConfig(Section):
         if self.size and self.size not in LLAMA_SIZES:
             raise ValueError(
                 f"model.size={self.size!r} is not one of {', '.join(LLAMA_SIZES)}."
-                f"{_nearest(self.size, list(LLAMA_SIZES))}"
+                f"{nearest(self.size, list(LLAMA_SIZES))}"
             )
         if not self.size and len(given) < len(dims):
             missing = [name for name in dims if name not in given]
@@ -223,7 +214,7 @@ class ReloraConfig(LoraConfig):
 
 MethodConfig = Annotated[FullConfig | LoraConfig | ReloraConfig, Field(discriminator="kind")]
 
-_METHOD_KINDS: dict[str, type[Section]] = {
+METHOD_KINDS: dict[str, type[Section]] = {
     c.model_fields["kind"].default: c for c in get_args(get_args(MethodConfig)[0])
 }
 
@@ -445,7 +436,7 @@ def _rank_problems(cfg: RunConfig) -> list[str]:
         if name not in LLAMA_LINEARS:
             problems.append(
                 f"method.target_modules has {name!r}, which matches no linear layer of a LLaMA block "
-                f"({', '.join(LLAMA_LINEARS)}).{_nearest(name, list(LLAMA_LINEARS))}"
+                f"({', '.join(LLAMA_LINEARS)}).{nearest(name, list(LLAMA_LINEARS))}"
             )
     smaller_side = llama.hidden_size
     if set(names) - {"q_proj", "k_proj", "v_proj", "o_proj"}:
@@ -481,72 +472,6 @@ def _idle_settings(cfg: RunConfig) -> list[str]:
     return problems
 
 
-# --------------------------------------------------------------------------- loading
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The validated config in `path` with `key=value` overrides applied. Raises ConfigError."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}. Give a YAML file.") from error
-    return parse_config(text, overrides, source=str(path))
-
-
-def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> RunConfig:
-    try:
-        raw = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{source} holds {type(raw).__name__}, not a mapping of sections. See configs/quickstart.yaml."
-        )
-    for item in overrides or []:
-        _apply_override(raw, item)
-    # A section whose lines are all commented out is null in YAML: it has its defaults.
-    raw = {str(name): value for name, value in raw.items() if value is not None}
-    lines = _scalar_problems(raw)
-    try:
-        cfg = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        lines += [line for detail in error.errors() for line in _explain(detail)]
-    if lines:
-        raise ConfigError(_without_credentials("\n".join(dict.fromkeys(lines))))
-    return cfg
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars (`010` is text, `13:20` and `no` too, `1e-3` is a number), and no key twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} is there twice, once at line {line}. Keep one.")
-        return super().construct_mapping(node, deep)
-
-
-_TAG = "tag:yaml.org,2002:"
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0].removeprefix(_TAG) not in ("int", "float", "bool", "timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"(true|false)$", re.I), list("tTfF"))
-_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    f"{_TAG}float",
-    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.I),
-    list("-+.0123456789"),
-)
-
-
-def to_yaml(cfg: RunConfig) -> str:
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
-
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
@@ -558,102 +483,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply_override(raw: dict[str, Any], item: str) -> None:
-    dotted, equals, value = item.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"override {item!r} is not of the form key=value, for example steps=300.")
-    *sections, name = dotted.split(".")
-    node = raw
-    for section in sections:
-        child = node[section] = {} if node.get(section) is None else node[section]
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {item!r}: {section!r} is a value, not a section.")
-        node = child
-    try:
-        node[name] = yaml.load(value, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"override {item!r}: the value is not valid YAML: {error}") from error
-
-
-def _explain(detail: Any) -> list[str]:
-    """One pydantic error as lines of key, value, rule and fix."""
-    loc = [str(part) for part in detail["loc"]]
-    # A tagged union adds its tag to the location: ("method", "relora", "lora_rank").
-    keys = [part for i, part in enumerate(loc) if not (i == 1 and loc[0] == "method" and part in _METHOD_KINDS)]
-    dotted = ".".join(keys)
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":  # one of ours, complete as it is
-        return message.splitlines()
-    if detail["type"] == "field_rule":
-        return [f"{dotted}={detail['input']!r} {message}"]
-    section = _section_at(loc[:-1])
-    if detail["type"] == "extra_forbidden":
-        known = list(section.model_fields) if section else []
-        hint = _nearest(keys[-1], known)
-        if keys[0] == "method" and (owners := [k for k, c in _METHOD_KINDS.items() if keys[-1] in c.model_fields]):
-            hint = f" It belongs to kind {' and '.join(owners)}: give the whole section, as in 'method={{kind: full}}'."
-        return [f"unknown key {dotted}={detail['input']!r}.{hint} Known here: {', '.join(known)}."]
-    field = section.model_fields.get(keys[-1]) if section and keys else None
-    doc = " ".join((field.description or "").split()) if field else ""
-    if detail["type"] == "missing":
-        return [f"{dotted} is missing: it has no default. Set {dotted}=...{'  ' + doc if doc else ''}"]
-    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        given = detail["input"].get("kind") if isinstance(detail["input"], dict) else detail["input"]
-        return [
-            f"{dotted}.kind={given!r} is not a method. Use one of {', '.join(_METHOD_KINDS)}."
-            f"{_nearest(str(given), list(_METHOD_KINDS))}"
-        ]
-    return [f"{dotted}={detail['input']!r}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
-
-
-def _scalar_problems(raw: dict[str, Any]) -> list[str]:
-    """Values that pydantic would take and nobody can have meant: secrets, and true where a number belongs."""
-    problems = []
-    method = raw.get("method")
-    kind = method.get("kind") if isinstance(method, dict) else None
-    for dotted, value in flatten(raw).items():
-        if isinstance(value, str) and _CREDENTIALS.search(value):
-            problems.append(
-                f"{dotted}={value!r} must not carry credentials in its URL: the config is stored and shown. Use "
-                f"the usual environment variables."
-            )
-        *path, name = dotted.split(".")
-        section = _section_at([path[0], str(kind), *path[1:]] if path[:1] == ["method"] else path)
-        field = section.model_fields.get(name) if section else None
-        if isinstance(value, bool) and field and bool not in _types_in(field.annotation):
-            problems.append(f"{dotted}={value} is neither a number nor a name. Give the value itself.")
-    return problems
-
-
-def _section_at(loc: list[str]) -> type[Section] | None:
-    """The config class at a location, or None where the path leaves the known classes."""
-    section: type[Section] = RunConfig
-    for part in loc:
-        if part in _METHOD_KINDS and section is RunConfig:
-            section = _METHOD_KINDS[part]
-            continue
-        field = section.model_fields.get(part)
-        if field is None:
-            return None
-        if part == "method":
-            continue
-        found = [t for t in _types_in(field.annotation) if isinstance(t, type) and issubclass(t, Section)]
-        if not found:
-            return None
-        section = found[0]
-    return section
-
-
-def _types_in(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return list(get_args(annotation))
-    return [annotation]
-
-
-def _without_credentials(text: str) -> str:
-    return _CREDENTIALS.sub("://***@", text)
-
-
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """ " Did you mean 'x'?", or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from relora_ray.config import load_config
+from relora_ray.config_file import load_config
 from relora_ray.errors import ReloraError
 from relora_ray.progress import Progress
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from relora_ray.checkpoint import Manifest, list_manifests, read_manifest, restore_model
-from relora_ray.config import RunConfig, parse_config, to_yaml
+from relora_ray.config import RunConfig
+from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
 from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from relora_ray.methods import Method, build_method

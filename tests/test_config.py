@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from relora_ray.config import load_config, parse_config, to_yaml
+from relora_ray.config_file import load_config, parse_config, to_yaml
 from relora_ray.errors import ConfigError
 from relora_ray.sizes import LLAMA_SIZES
 from tests.tiny import TINY

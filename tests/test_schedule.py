@@ -7,7 +7,8 @@ from itertools import pairwise, product
 
 import pytest
 
-from relora_ray.config import RunConfig, parse_config
+from relora_ray.config import RunConfig
+from relora_ray.config_file import parse_config
 from relora_ray.schedule import lr_multiplier, restart_step
 from tests.tiny import TINY
 

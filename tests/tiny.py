@@ -10,7 +10,8 @@ import torch
 import transformers
 import yaml
 
-from relora_ray.config import RunConfig, parse_config
+from relora_ray.config import RunConfig
+from relora_ray.config_file import parse_config
 from relora_ray.loop import TrainState, run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World, digest

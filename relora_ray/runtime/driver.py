@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray import config as rc
+from relora_ray.config_file import to_yaml
 from relora_ray.errors import ConfigError, RunFailedError
 from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
@@ -75,7 +76,7 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="relora-ray-") as scratch:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"config": rc.to_yaml(cfg), "coordinator": coordinator},
+            train_loop_config={"config": to_yaml(cfg), "coordinator": coordinator},
             scaling_config=ScalingConfig(
                 num_workers=cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,

@@ -10,7 +10,7 @@ import ray
 import ray.train.torch
 import torch
 
-from relora_ray.config import parse_config
+from relora_ray.config_file import parse_config
 from relora_ray.errors import ReloraError
 from relora_ray.loop import run_attempt
 from relora_ray.metrics import Record
