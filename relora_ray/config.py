@@ -484,6 +484,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """ " Did you mean 'x'?", or nothing."""
+    """The question "Did you mean 'x'?", a space before it, or nothing if no known name is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
