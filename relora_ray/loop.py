@@ -51,6 +51,7 @@ class TrainState:
 class Data:
     train: BatchSource
     validation: BatchSource
+    fingerprint: str
 
 
 def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = None) -> TrainState:
@@ -67,7 +68,7 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
         storage,
         cfg.checkpoint,
         world,
-        data_fingerprint=open_data(cfg).fingerprint,
+        data_fingerprint=data.fingerprint,
         tokens_per_step=cfg.tokens_per_step,
     )
     log = MetricsLog(storage, checkpointer.attempt) if world.is_first else None
@@ -141,7 +142,7 @@ def train(
         state.position = replace(state.position, step=done, counters=_count(cfg, state.position.counters, finite, done))
         timer.add(time.perf_counter() - began)
 
-        emit(_train_record(cfg, method, state, loss, grad_norm, learning_rate, timer))
+        emit(_train_record(cfg, state, loss, grad_norm, learning_rate, timer))
 
         if method.is_boundary(done):
             report, record = _cross_boundary(world, method, state, done)
@@ -232,7 +233,8 @@ def open_batches(cfg: RunConfig, world: World) -> Data:
             seed=cfg.seed,
         )
 
-    return Data(source("train", micro), source("validation", cfg.train.eval_micro_batch_rows or micro))
+    validation = source("validation", cfg.train.eval_micro_batch_rows or micro)
+    return Data(source("train", micro), validation, index.fingerprint)
 
 
 def _build(cfg: RunConfig, method: Method, world: World, step: int) -> TrainState:
@@ -352,7 +354,6 @@ def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storag
 
 def _train_record(
     cfg: RunConfig,
-    method: Method,
     state: TrainState,
     loss: float,
     grad_norm: float,

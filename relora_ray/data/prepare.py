@@ -215,15 +215,18 @@ def _batches(request: Request) -> Iterator[_Batch]:
 def _tokenize_all(request: Request, storage: Storage, encoding: _Encoding, quiet: bool) -> list[_Part]:
     """Tokenize every batch that is not stored yet, at most two per worker in flight; parts in batch order."""
     parts: list[_Part] = []
+    num_tokens = 0
     in_flight: deque[tuple[Future[_Part] | _Part, int]] = deque()
     spawn = multiprocessing.get_context("spawn")  # s3fs does not survive a fork
     bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=quiet, file=sys.stderr)
 
     def finish_one() -> None:
+        nonlocal num_tokens
         result, size = in_flight.popleft()
         parts.append(result.result() if isinstance(result, Future) else result)
+        num_tokens += sum(parts[-1].num_tokens.values())
         bar.update(size)
-        bar.set_postfix(tokens=f"{sum(sum(p.num_tokens.values()) for p in parts):,}", refresh=False)
+        bar.set_postfix(tokens=f"{num_tokens:,}", refresh=False)
 
     with bar, ProcessPoolExecutor(request.num_workers, spawn, _start_worker, (encoding,)) as pool:
         for batch in _batches(request):

@@ -96,7 +96,7 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise RunFailedError(_failure(coordinator, str(error))) from error
+            raise RunFailedError(ray.get(coordinator.fatal.remote()) or f"Ray Train gave up: {error}") from error
         except SystemExit as error:  # how Ray Train answers Ctrl-C, after it has stopped the workers
             raise KeyboardInterrupt from error
     if fatal := ray.get(coordinator.fatal.remote()):
@@ -117,11 +117,6 @@ def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
                 f"{there.get(kind, 0):g}: waiting for more nodes. Without an autoscaler, lower cluster.workers."
             )
             on_event({"kind": "log", "level": "WARNING", "rank": "driver", "message": message})
-
-
-def _failure(coordinator: Any, otherwise: str) -> str:
-    fatal: str = ray.get(coordinator.fatal.remote())
-    return fatal or f"Ray Train gave up: {otherwise}"
 
 
 def _train_storage(cfg: rc.RunConfig, scratch: str) -> str:
