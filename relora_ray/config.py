@@ -178,8 +178,13 @@ class LoraConfig(Section):
     """Adapters are scaled by alpha / lora_rank (rsLoRA: alpha / sqrt(lora_rank))."""
     rslora: bool = False
     """Scale by alpha / sqrt(lora_rank) (Kalajdzievski 2023)."""
+    frozen_weights: Literal["fp32", "bf16_int8", "bf16"] = "fp32"
+    """How the frozen weights are stored, and so what a merge can add to. fp32: 4 bytes a weight; a merge changes
+    nothing in the function, bit for bit. bf16_int8: 3 bytes, bf16 and the next 8 bits of the mantissa. bf16: 2 bytes,
+    as published; most of a small update is rounded away (for comparison only)."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapters' input."""
+    """Dropout on the adapters' input. Above 0 the layer is computed in two branches instead of with one merged
+    matrix: slower, and a merge then changes the function by rounding."""
     trainable_scaling: bool = False
     """Learn one factor per layer on top of the scale; 1 at the start and again after every merge."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
@@ -210,6 +215,26 @@ class ReloraConfig(LoraConfig):
     merge_every_steps: int = Field(gt=0)
     """Updates in a cycle, counted from the end of the warm start."""
     reset: ResetConfig = ResetConfig()
+    compat: Literal["", "reference"] = ""
+    """reference: the arithmetic of the published code (Guitaricet/relora at 176f376) where it differs. A and B both
+    start at zero; merges fall one update later, so that none follows the last cycle; m and v are pruned with masks of
+    their own; reset kind zero prunes a random 0.999; Adam's step is kept. Draws stay keyed. For comparisons, and to
+    continue what was begun there; the published layer also has dropout=0.1."""
+
+    @model_validator(mode="after")
+    def _check_compat(self) -> ReloraConfig:
+        if not self.compat:
+            return self
+        rules = {
+            "reset.adam_step='keep'": self.reset.adam_step == "keep",
+            "reset.kind zero, magnitude or random": self.reset.kind != "none",
+            "trainable_scaling=false (the published one is dead after a merge)": not self.trainable_scaling,
+            "merge_every_steps of 2 or more": self.merge_every_steps > 1,
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                raise ValueError(f"method.compat='reference' needs method.{rule}. Set that, or remove compat.")
+        return self
 
 
 MethodConfig = Annotated[FullConfig | LoraConfig | ReloraConfig, Field(discriminator="kind")]

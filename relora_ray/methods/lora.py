@@ -9,6 +9,7 @@ from relora_ray.config import LoraConfig, RunConfig
 from relora_ray.methods.base import BoundaryReport, Method
 from relora_ray.methods.lowrank import (
     folded_state_dict,
+    frozen_names,
     low_rank_layers,
     redraw_all_,
     wrap_,
@@ -31,7 +32,7 @@ class Lora(Method):
             redraw_all_(model, seed=self.cfg.seed, boundary=self.last_boundary(step))
 
     def frozen_names(self, model: nn.Module) -> set[str]:
-        return {f"{path}.weight" for path in low_rank_layers(model)}
+        return frozen_names(model)
 
     def is_boundary(self, step: int) -> bool:
         return step > 0 and step == self.lora.warm_start_steps

@@ -1,9 +1,12 @@
 """The low-rank layer and what is done to it: wrap, merge, redraw, fold.
 
-y = x W^T + b + scale * (x A^T) B^T with W (out, in) frozen, A (r, in) and B (out, r) trained, all fp32; under
-autocast the products run in bf16. At wrap and after each merge A is Kaiming-uniform and B is zero (Hu et al.
-2021), so the function does not change and B has a gradient from the first step. The published ReLoRA code
-zeroes A too when it wraps (`relora.py:122`): neither gets a gradient until the first merge.
+y = x W^T + b + scale * (x A^T) B^T with W (out, in) frozen, A (r, in) and B (out, r) trained in fp32. At wrap and
+after each merge A is Kaiming-uniform and B is zero (Hu et al. 2021), so the function does not change and B has a
+gradient from the first step. The published ReLoRA code zeroes A too when it wraps (`relora.py:122`): neither gets a
+gradient until the first merge.
+
+Without dropout the layer multiplies by the one matrix W + scale * B A, added up in fp32 and then rounded to the dtype
+of the computation. A merge adds up the same matrix, so with W in fp32 it leaves the function the same bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +29,22 @@ from relora_ray.keyed import key
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_gain")
+FROZEN_NAMES = ("weight", "residual")
 
 
 class LowRankLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank update. Shares the parameters of the layer it replaces.
+    """A frozen linear layer with a trained low-rank update. Takes over the parameters of the layer it replaces.
 
-    `weight` keeps its name and layout: (out, in) from nn.Linear, (in, out) from GPT-2's Conv1D. A bias stays
-    trainable. `lora_gain`, if there is one, is a learned factor on the scale.
+    `weight` keeps its name and layout: (out, in) from nn.Linear, (in, out) from GPT-2's Conv1D. How it is stored is
+    `frozen_weights`: in fp32, in bf16 with an int8 `residual` of the same shape, or in bf16. A bias stays trainable.
+    `lora_gain`, if there is one, is a learned factor on the scale.
     """
+
+    residual: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear | Conv1D, cfg: LoraConfig) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight.requires_grad_(False)
         self.transposed = isinstance(linear, Conv1D)
         in_features, out_features = self.weight.shape if self.transposed else reversed(self.weight.shape)
         self.scale = cfg.alpha / (math.sqrt(cfg.lora_rank) if cfg.rslora else cfg.lora_rank)
@@ -47,27 +54,66 @@ class LowRankLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(cfg.lora_rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, cfg.lora_rank, device=device))
         self.lora_gain = nn.Parameter(torch.ones((), device=device)) if cfg.trainable_scaling else None
+        self.register_buffer("residual", None)
+        self._take_weight(linear.weight, cfg)
+
+    @torch.no_grad()
+    def _take_weight(self, weight: torch.Tensor, cfg: LoraConfig) -> None:
+        weight.requires_grad_(False)
+        if cfg.frozen_weights == "fp32":
+            return
+        self.weight = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
+        if cfg.frozen_weights == "bf16_int8":
+            self.residual = torch.empty_like(weight, dtype=torch.int8)
+        self.set_frozen_(weight)
+
+    @torch.no_grad()
+    def frozen(self) -> torch.Tensor:
+        """W in fp32 and in `weight`'s layout."""
+        return _frozen(self.weight, self.residual)
+
+    @torch.no_grad()
+    def set_frozen_(self, value: torch.Tensor) -> None:
+        """Store `value`, fp32 and in `weight`'s layout, as W."""
+        if self.residual is None:
+            self.weight.copy_(value)
+            return
+        high, low = split_bf16_int8(value)
+        self.weight.copy_(high)
+        self.residual.copy_(low)
+
+    @torch.no_grad()
+    def merged(self) -> torch.Tensor:
+        """W + scale * B @ A in fp32 and in `weight`'s layout: a new tensor."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return _merged(*self._parts())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        base = F.linear(x, self.weight.T if self.transposed else self.weight, self.bias)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        scale = self.scale if self.lora_gain is None else self.scale * self.lora_gain
-        return base + F.linear(h * scale, self.lora_B)  # scaled at r columns, not at out
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if self.training and self.dropout > 0:
+            return self._factored(x, dtype)
+        with torch.autocast(kind, enabled=False):
+            y: torch.Tensor = _MergedLinear.apply(x.to(dtype), *self._parts())
+            return y if self.bias is None else y + self.bias.to(dtype)
 
-    @torch.no_grad()
-    def delta(self) -> torch.Tensor:
-        """scale * B @ A in fp32 and in `weight`'s layout."""
-        with torch.autocast(self.weight.device.type, enabled=False), _full_fp32():
-            update = self.lora_B.float() @ self.lora_A.float() * self.scale
-        if self.lora_gain is not None:
-            update *= self.lora_gain.float()
-        return update.T if self.transposed else update
+    def _factored(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Dropout on the adapters' input: there is no one matrix then."""
+        base = F.linear(x, _out_in(self.frozen(), self.transposed).to(dtype), self.bias)
+        h = F.linear(F.dropout(x, self.dropout, training=True), self.lora_A)
+        return base + F.linear(h * self._scale(), self.lora_B)  # scaled at r columns, not at out
 
-    @torch.no_grad()
+    def _parts(self) -> tuple[Any, ...]:
+        return self.weight, self.residual, self.lora_A, self.lora_B, self._scale(), self.transposed
+
+    def _scale(self) -> torch.Tensor:
+        scale = torch.tensor(self.scale, device=self.weight.device)
+        return scale if self.lora_gain is None else scale * self.lora_gain
+
     def merge_(self) -> None:
-        """Add the update to `weight`. The adapters are stale until `redraw_`."""
-        self.weight.add_(self.delta())
+        """Add the update to W. The adapters are stale until `redraw_`."""
+        self.set_frozen_(self.merged())
 
     @torch.no_grad()
     def redraw_(self, seed: int) -> None:
@@ -82,6 +128,65 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         rank, in_features = self.lora_A.shape
         return f"{in_features} -> {self.lora_B.shape[0]}, lora_rank={rank}, scale={self.scale:g}"
+
+
+class _MergedLinear(torch.autograd.Function):
+    """x M^T for M = W + s B A, with gradients for x, A, B and s; of what depends on x it saves x alone.
+
+    M is built where it is used, in forward and again in backward: a share of r / rows of the layer's own work, and no
+    second copy of W is held. The gradient of M, (out, in), is never formed: dA = s (dy B)^T x, dB = s dy^T (x A^T).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *parts: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, *parts[:-1])
+        ctx.transposed = parts[-1]
+        return F.linear(x, _out_in(_merged(*parts), ctx.transposed).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, residual, a, b, scale = ctx.saved_tensors
+        dy = grads[0].to(x.dtype)
+        merged = _merged(weight, residual, a, b, scale, ctx.transposed)
+        dx = dy @ _out_in(merged, ctx.transposed).to(x.dtype) if ctx.needs_input_grad[0] else None
+        rows_x, rows_dy = x.flatten(0, -2), dy.flatten(0, -2)
+        h, g = rows_x @ a.to(x.dtype).T, rows_dy @ b.to(x.dtype)  # (rows, r) each
+        da, db = (g.T @ rows_x).float() * scale, (rows_dy.T @ h).float() * scale
+        dscale = (g.float() * h.float()).sum() if ctx.needs_input_grad[5] else None
+        return dx, None, None, da, db, dscale, None
+
+
+def _frozen(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return weight.float() if residual is None else join_bf16_int8(weight, residual)
+
+
+def _merged(
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: torch.Tensor,
+    transposed: bool,
+) -> torch.Tensor:
+    """W + scale * B @ A in fp32 and in W's layout: the one place where they are added up."""
+    update = b.float() @ a.float() * scale
+    return _frozen(weight, residual) + (update.T if transposed else update)
+
+
+def _out_in(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return weight.T if transposed else weight
+
+
+def split_bf16_int8(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 as the nearest bf16 and an int8 that holds the next eight bits: 24 bits, of which 16 count: within 2**-16 of the value."""
+    bits = (value.float().contiguous().view(torch.int32) + 0x80) >> 8  # to 24 bits; carries move the exponent
+    high = (bits + 0x80) >> 8
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)
+
+
+def join_bf16_int8(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The fp32 value that `split_bf16_int8` stored."""
+    return (((high.contiguous().view(torch.int16).int() << 8) + low) << 8).view(torch.float32)
 
 
 @contextlib.contextmanager
@@ -158,8 +263,9 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def merge_all_(model: nn.Module) -> int:
     """Merge every adapter into its weight; returns how many layers there are."""
     layers = low_rank_layers(model).values()
-    for layer in layers:
-        layer.merge_()
+    with _full_fp32():
+        for layer in layers:
+            layer.merge_()
     return len(layers)
 
 
@@ -172,19 +278,24 @@ def redraw_all_(model: nn.Module, *, seed: int, boundary: int) -> None:
         layer.redraw_(key(seed, "lora_A", boundary, path))
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """Names of the state-dict entries that hold wrapped layers' W."""
+    layers = low_rank_layers(model)
+    return {n for n in model.state_dict() if n.rpartition(".")[0] in layers and n.rpartition(".")[2] in FROZEN_NAMES}
+
+
 @torch.no_grad()
 def folded_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict of the unwrapped architecture with every update added in: fp32, on the CPU, copies."""
     layers = low_rank_layers(model)
     dense = {}
-    for name, tensor in model.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if path in layers and leaf in ADAPTER_NAMES:
-            continue
-        value = tensor.detach().to(torch.float32)
-        if path in layers and leaf == "weight":
-            value = value + layers[path].delta()
-        dense[name] = value.to("cpu", copy=True)
+    with _full_fp32():
+        for name, tensor in model.state_dict().items():
+            path, _, leaf = name.rpartition(".")
+            if path not in layers or leaf == "bias":
+                dense[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+            elif leaf == "weight":
+                dense[name] = layers[path].merged().cpu()
     return dense
 
 

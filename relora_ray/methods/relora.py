@@ -17,16 +17,31 @@ from relora_ray.optim import prune_state_
 
 
 class Relora(Lora):
-    """Boundaries: the end of the warm start, then the end of every cycle, the last one included."""
+    """Boundaries: the end of the warm start, then the end of every cycle, the last one included.
+
+    With `compat: reference` merges follow one update after a cycle's end, the last cycle has none, and adapters are
+    zero until the first merge.
+    """
 
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
         assert isinstance(cfg.method, ReloraConfig)
         self.relora: ReloraConfig = cfg.method
+        self.as_published = cfg.method.compat == "reference"
+
+    def adapt(self, model: nn.Module, step: int) -> None:
+        super().adapt(model, step)
+        if self.as_published:
+            for name, parameter in adapter_parameters(model):
+                if name.endswith("lora_A"):
+                    parameter.data.zero_()
 
     def is_boundary(self, step: int) -> bool:
-        trained = step - self.relora.warm_start_steps
-        return super().is_boundary(step) or (trained > 0 and trained % self.relora.merge_every_steps == 0)
+        if super().is_boundary(step):
+            return True
+        late = 1 if self.as_published else 0
+        trained = step - self.relora.warm_start_steps - late
+        return trained > 0 and trained % self.relora.merge_every_steps == 0
 
     def on_boundary(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> BoundaryReport:
         if super().is_boundary(step):
@@ -34,6 +49,11 @@ class Relora(Lora):
         num_layers = merge_all_(model)
         redraw_all_(model, seed=self.cfg.seed, boundary=step)
         pruned = prune_state_(
-            optimizer, adapter_parameters(model), self.relora.reset, seed=self.cfg.seed, boundary=step
+            optimizer,
+            adapter_parameters(model),
+            self.relora.reset,
+            seed=self.cfg.seed,
+            boundary=step,
+            as_published=self.as_published,
         )
         return BoundaryReport(step, "merge", num_layers, pruned, optimizer, new_parameters=False)

@@ -16,9 +16,11 @@ from relora_ray.methods.lowrank import (
     LowRankLinear,
     adapter_parameters,
     folded_state_dict,
+    join_bf16_int8,
     low_rank_layers,
     merge_all_,
     redraw_all_,
+    split_bf16_int8,
     wrap_,
 )
 
@@ -183,27 +185,82 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
     assert LowRankLinear(copy.deepcopy(linear), lora()).scale == 10 / 4
 
 
-def test_merge_under_bf16_applies_the_exact_change() -> None:
-    """Compute in bf16, weights in fp32: over 20 merges of realistic size the applied change is within 1 % of the
-    exact one. (Adding to bf16 weights loses most of it: 34 % of entries do not move at rms 1e-4.)"""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_merge_into_fp32_weights_changes_no_bit_of_the_function(model: nn.Module, precision: str) -> None:
+    """Live layer and merge add up the same fp32 matrix before it is rounded to the dtype of the computation."""
+    wrap_(model, lora(trainable_scaling=True))
+    redraw_all_(model, seed=1, boundary=0)
+    shake_(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        before = logits(model)
+        merge_all_(model)
+        redraw_all_(model, seed=1, boundary=7)
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("frozen_weights", ["fp32", "bf16_int8", "bf16"])
+@pytest.mark.parametrize("gain", [False, True])
+def test_gradients_are_those_of_the_factored_layer(model: nn.Module, frozen_weights: str, gain: bool) -> None:
+    """The merged matrix's own backward, against autograd through two branches (dropout so small that it drops none)."""
+    wrap_(model, lora(frozen_weights=frozen_weights, trainable_scaling=gain))
+    redraw_all_(model, seed=1, boundary=0)
+    shake_(model)
+    model.train()
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+    gradients = []
+    for dropout in (0.0, 1e-12):
+        for layer in low_rank_layers(model).values():
+            layer.dropout = dropout
+        torch.manual_seed(0)  # GPT-2 has dropout of its own
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    merged, factored = gradients
+    assert merged.keys() == factored.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in factored.items():
+        if type(model).__name__ == "GPT2LMHeadModel":
+            continue  # its own dropout draws after ours: other masks
+        assert (merged[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name  # a gain sums what cancels
+
+
+def test_int8_residual_keeps_24_bits() -> None:
+    torch.manual_seed(0)
+    values = torch.cat(
+        [torch.randn(100_000) * 10.0**e for e in (-6, -2, 0, 3)] + [torch.tensor([0.0, -0.0, 1.0, -2.0])]
+    )
+    values = torch.cat([values, torch.nextafter(torch.tensor([1.0, 2.0, -4.0]), torch.tensor(0.0))])  # carries
+    high, low = split_bf16_int8(values)
+    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int8)
+    restored = join_bf16_int8(high, low)
+    assert ((restored - values).abs() <= values.abs() * 2**-16).all()
+    assert ((high.float() - values).abs() <= values.abs() * 2**-8).all(), "alone it is the nearest bf16"
+    again = split_bf16_int8(restored)
+    assert torch.equal(again[0].view(torch.int16), high.view(torch.int16))
+    assert torch.equal(again[1], low)
+
+
+@pytest.mark.parametrize(("frozen_weights", "bound"), [("fp32", 1e-3), ("bf16_int8", 2e-2), ("bf16", None)])
+def test_merge_under_bf16_applies_the_exact_change(frozen_weights: str, bound: float | None) -> None:
+    """Over 20 merges of realistic size. At rms 1e-5 16 bits of mantissa are 1.3 % off; plain bf16 loses nearly all."""
     for rms in (1e-3, 1e-4, 1e-5):
         torch.manual_seed(0)
         linear = nn.Linear(256, 192, bias=False)
         nn.init.normal_(linear.weight, std=0.02)
-        layer = LowRankLinear(linear, lora(lora_rank=16))
-        start, exact = layer.weight.detach().double(), torch.zeros(192, 256, dtype=torch.float64)
+        layer = LowRankLinear(linear, lora(lora_rank=16, frozen_weights=frozen_weights))
+        start, exact = layer.frozen().double(), torch.zeros(192, 256, dtype=torch.float64)
         for merge in range(20):
             layer.redraw_(merge)
             with torch.no_grad():
                 layer.lora_B.normal_()
-                layer.lora_B.mul_(rms / layer.delta().square().mean().sqrt())
+                layer.lora_B.mul_(rms / (layer.scale * layer.lora_B @ layer.lora_A).square().mean().sqrt())
             exact += layer.scale * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
             with torch.autocast("cpu", torch.bfloat16):  # a merge inside autocast must not round either
                 layer.merge_()
-        applied = layer.weight.detach().double() - start
-        error = (applied - exact).norm() / exact.norm()
-        assert error < 0.01, f"rms {rms}: {error:.2e}"
-        assert error < 1e-3
+        error = float((layer.frozen().double() - start - exact).norm() / exact.norm())
+        if bound is None:
+            assert error > (0.01 if rms == 1e-3 else 0.1), f"rms {rms}: {error:.2e}"
+        else:
+            assert error < bound, f"rms {rms}: {error:.2e}"
 
 
 def test_name_that_matches_nothing_is_an_error() -> None:
