@@ -178,7 +178,7 @@ def _out_in(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 
 def split_bf16_int8(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 as the nearest bf16 and an int8 that holds the next eight bits: 24 bits, of which 16 count: within 2**-16 of the value."""
+    """fp32 as the nearest bf16 and an int8 with the next eight bits of the mantissa: within 2**-16 of the value."""
     bits = (value.float().contiguous().view(torch.int32) + 0x80) >> 8  # to 24 bits; carries move the exponent
     high = (bits + 0x80) >> 8
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)
@@ -206,7 +206,7 @@ def wrap_(model: nn.Module, cfg: LoraConfig) -> list[str]:
     The rest (embeddings, norms, head, biases) stays trainable. Adapters hold zeros until `redraw_all_`.
     Raises ConfigError for a name that matches nothing and a rank above a layer's smaller side.
     """
-    linears = dict(_block_linears(model))
+    linears = dict(block_linears(model))
     wanted = None if cfg.target_modules == "all-linear" else set(cfg.target_modules)
     last_segments = {path.rpartition(".")[2] for path in linears}
     for name in sorted((wanted or set()) - last_segments):
@@ -299,7 +299,7 @@ def folded_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return dense
 
 
-def _block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """Linear layers inside the model's lists of blocks: not the head, not the embeddings."""
     blocks = _block_lists(model)
     for path, module in model.named_modules():

@@ -1,0 +1,187 @@
+"""The rank of what runs have learned: singular values of W_t - W_0 for every linear layer of the blocks.
+
+python -m relora_ray.spectrum RUN ... --out FOLDER [--from STEP] [--step STEP]
+
+ReLoRA's claim (Lialin et al. 2023, section 4) is that several low-rank updates add up to one of high rank. FOLDER gets
+README.md (a table), spectrum.png (the paper's plot) and spectrum.json (every singular value).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from relora_ray.errors import ConfigError, ReloraError
+from relora_ray.methods.lowrank import block_linears
+from relora_ray.model import build_model
+from relora_ray.runs import load_trained
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of one layer's update."""
+
+    path: str
+    singular_values: list[float]
+    """Largest first."""
+    noise: float
+    """Singular values up to here may be the rounding of the weights to fp32."""
+
+    @property
+    def rank(self) -> int:
+        """Singular values above the noise."""
+        return sum(s > self.noise for s in self.singular_values)
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the singular values' shares (Roy and Vetterli 2007)."""
+        values = torch.tensor(self.singular_values, dtype=torch.float64)
+        shares = values[values > 0] / values.sum()
+        return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
+
+    @property
+    def rank_90(self) -> int:
+        """Fewest singular values whose squares hold 90 % of the sum of squares."""
+        energy = torch.tensor(self.singular_values, dtype=torch.float64).square().cumsum(0)
+        return int((energy < 0.9 * energy[-1]).sum()) + 1 if energy[-1] > 0 else 0
+
+
+@dataclass(frozen=True)
+class RunSpectrum:
+    name: str
+    kind: str
+    from_step: int
+    step: int
+    layers: list[Spectrum]
+
+
+def run_spectrum(url: str, *, from_step: int | None = None, step: int | None = None) -> RunSpectrum:
+    """Spectra of a run's update between two of its checkpoints.
+
+    Default: from the end of the warm start, or the run's start if there is none, to the newest. CheckpointError
+    if a checkpoint is not there (`checkpoint.keep_every_steps` keeps them).
+    """
+    after = load_trained(url, step)
+    begin = after.cfg.warm_start_steps if from_step is None else from_step
+    before = load_trained(url, begin)
+    if begin >= after.manifest.step:
+        raise ConfigError(f"{url}: there is no update between step {begin} and step {after.manifest.step}.")
+    plain = build_model(after.cfg.model, seq_len=after.cfg.data.seq_len, seed=0, device="meta")
+    old, new = (t.method.dense_state_dict(t.model) for t in (before, after))
+    layers = [spectrum(path, old[f"{path}.weight"], new[f"{path}.weight"]) for path, _ in block_linears(plain)]
+    return RunSpectrum(after.cfg.name, after.cfg.method.kind, begin, after.manifest.step, layers)
+
+
+def spectrum(path: str, before: torch.Tensor, after: torch.Tensor) -> Spectrum:
+    """Of `after - before`, two matrices of one shape."""
+    values = torch.linalg.svdvals(after.double() - before.double())
+    # An fp32 weight is off by half a unit in the last place, wherever it was rounded: numpy's bound for a matrix of
+    # the weights' own size.
+    noise = torch.linalg.matrix_norm(after.double(), 2) * max(after.shape) * torch.finfo(torch.float32).eps
+    return Spectrum(path, values.tolist(), float(noise))
+
+
+def write(runs: list[RunSpectrum], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    records = [
+        {
+            "run": r.name,
+            "method": r.kind,
+            "from_step": r.from_step,
+            "step": r.step,
+            "layers": list(map(_record, r.layers)),
+        }
+        for r in runs
+    ]
+    (out / "spectrum.json").write_text(json.dumps(records) + "\n")
+    (out / "README.md").write_text("\n".join(table(runs)) + "\n")
+    _plot(runs, out / "spectrum.png")
+
+
+def _record(layer: Spectrum) -> dict[str, Any]:
+    return {
+        "path": layer.path,
+        "rank": layer.rank,
+        "effective_rank": layer.effective_rank,
+        "rank_90": layer.rank_90,
+        "singular_values": [float(f"{s:.5g}") for s in layer.singular_values],
+    }
+
+
+def table(runs: list[RunSpectrum]) -> Iterator[str]:
+    """Markdown: means over the blocks, by kind of layer."""
+    yield "Rank of W_t - W_0, mean over blocks: singular values above rounding / effective rank / 90 % rank.\n"
+    kinds = list(_by_kind(runs[0]))
+    yield "| run | method | steps | " + " | ".join(kinds) + " |"
+    yield "|---" * (3 + len(kinds)) + "|"
+    for run in runs:
+        cells = [
+            f"{fmean(s.rank for s in layers):.0f} / {fmean(s.effective_rank for s in layers):.1f} / "
+            f"{fmean(s.rank_90 for s in layers):.1f}"
+            for layers in _by_kind(run).values()
+        ]
+        yield f"| {run.name} | {run.kind} | {run.from_step:,} to {run.step:,} | " + " | ".join(cells) + " |"
+
+
+def _by_kind(run: RunSpectrum) -> dict[str, list[Spectrum]]:
+    def kind(layer: Spectrum) -> str:
+        return layer.path.rpartition(".")[2]
+
+    return {k: list(layers) for k, layers in groupby(sorted(run.layers, key=kind), kind)}
+
+
+def _plot(runs: list[RunSpectrum], path: Path) -> None:
+    """Singular values by index, mean over the blocks, one panel per kind of layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = list(_by_kind(runs[0]))
+    rows = -(-len(kinds) // 4)
+    figure, panels = plt.subplots(rows, min(4, len(kinds)), figsize=(14, 3.2 * rows + 0.6), squeeze=False)
+    for panel, kind in zip(panels.flat, kinds, strict=False):
+        for run in runs:
+            stacked = torch.tensor([layer.singular_values for layer in _by_kind(run)[kind]])
+            mean = stacked.mean(0)
+            panel.semilogy(range(1, len(mean) + 1), mean.clamp(min=1e-7), label=f"{run.name} ({run.kind})")
+        panel.set_title(kind)
+        panel.set_xlabel("index")
+        panel.grid(alpha=0.3)
+    for panel in list(panels.flat)[len(kinds) :]:
+        panel.axis("off")
+    panels[0][0].set_ylabel("singular value of W_t - W_0")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower right", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_ray.spectrum", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or URL")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--from", dest="from_step", type=int, help="checkpoint to start from: one step for all runs")
+    parser.add_argument("--step", type=int, help="checkpoint to end at; default: each run's newest")
+    args = parser.parse_args()
+    try:
+        runs = [run_spectrum(url, from_step=args.from_step, step=args.step) for url in args.runs]
+        write(runs, args.out)
+    except ReloraError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print("\n".join(table(runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The table of runs: grid, seeds, resuming, write-up. Real runs, real processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from relora_ray import ablations
+from relora_ray.ablations import Results, best_point, load_table, run_table, write_up
+from relora_ray.errors import ConfigError
+from tests.conftest import ROOT
+from tests.tiny import TINY
+
+TINY_TABLE = {
+    "title": "Tiny",
+    "base": {k: v for k, v in yaml.safe_load(TINY).items() if k not in ("name", "seed")}
+    | {"method": {"kind": "full"}, "schedule": {"kind": "cosine"}},
+    "seeds": [1, 2],
+    "grid": {"optimizer.learning_rate": [1e-2, 1e-4]},
+    "warm_start_learning_rate": 5e-3,
+    "rows": [
+        {"name": "full", "label": "Full training"},
+        {"name": "broken", "label": "Broken", "grid": {"optimizer.learning_rate": [1e30]},
+         "set": {"optimizer.grad_clip": 0, "train.max_nonfinite_steps": 0}},
+        {"name": "relora", "label": "ReLoRA", "grid": {"optimizer.learning_rate": [1e-2], "method.alpha": [8, 16]},
+         "set": {"method": {"kind": "relora", "lora_rank": 4, "warm_start_steps": 3, "merge_every_steps": 3}}},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(TINY_TABLE))
+    return tmp_path / "table.yaml"
+
+
+def test_table_is_tuned_repeated_and_written_up_and_goes_on_where_it_stopped(
+    table: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"storage={tmp_path / 'runs'}", f"data.path={data}"]
+    out = tmp_path / "out"
+    run_table(load_table(str(table)), out, overrides, jobs=2)
+    runs = {r["name"]: r for r in json.loads((out / "results.json").read_text())["runs"]}
+    # Grid with seed 1, the best point again with seed 2; what diverged is not repeated.
+    assert len(runs) == 2 + 1 + 1 + 2 + 1
+    assert runs["broken-learning_rate1e30-seed1"]["loss"] is None
+    assert runs["full-learning_rate0.01-seed1"]["loss"] < runs["full-learning_rate0.0001-seed1"]["loss"]
+    assert "full-learning_rate0.01-seed2" in runs
+    assert runs["full-learning_rate0.01-seed1"]["num_trainable"] > 140_000
+    page = (out / "README.md").read_text()
+    one, two = (runs[f"full-learning_rate0.01-seed{seed}"]["loss"] for seed in (1, 2))
+    assert f"{(one + two) / 2:.4f} ± " in page
+    assert f"{one:.4f}, {two:.4f} |" in page
+    assert "| Broken | | | diverged | | |" in page
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    capfd.readouterr()
+    lost = next(name for name in runs if name.startswith("relora") and name.endswith("seed2"))
+    kept = [r for name, r in runs.items() if name != lost]
+    (out / "results.json").write_text(json.dumps({"runs": kept}))
+    run_table(load_table(str(table)), out, overrides, jobs=1)
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines() if ": loss" in line] == [lost]
+    again = {r["name"]: r for r in json.loads((out / "results.json").read_text())["runs"]}
+    assert again[lost]["evals"] == runs[lost]["evals"]
+
+
+def test_warm_start_has_one_learning_rate_at_every_grid_point(table: Path) -> None:
+    loaded = load_table(str(table))
+    for point in loaded.points(loaded.rows[2]):
+        cfg = loaded.config(loaded.rows[2], point | {"optimizer.learning_rate": 4e-2}, 1, [])
+        assert cfg.optimizer.learning_rate * cfg.method.warm_start_lr_ratio == pytest.approx(5e-3)
+
+
+def test_nothing_is_trained_when_one_row_is_wrong(table: Path, data: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load(table.read_text())
+    raw["rows"][2]["set"]["method"]["merge_every_steps"] = 5
+    table.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"method\.merge_every_steps=5 does not divide"):
+        run_table(load_table(str(table)), tmp_path / "out", [f"data.path={data}"], jobs=1)
+    assert not (tmp_path / "out").exists()
+    raw["rowz"] = 1
+    table.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match="rowz"):
+        load_table(str(table))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_tables_are_valid_and_their_results_complete(path: Path) -> None:
+    """Every row at every grid point is a run that the config accepts, and the committed results hold all of it."""
+    table = load_table(str(path))
+    for row in table.rows:
+        for point in table.points(row):
+            for seed in table.seeds:
+                table.config(row, point, seed, [])
+    out = ROOT / "benchmarks/results" / f"ablations-{path.stem}"
+    results = Results(out)
+    fingerprint = next(iter(results.records.values()))["data_fingerprint"]
+    overrides = [f"data.fingerprint={fingerprint}"]
+    for row in table.rows:
+        best = best_point(table, row, results, overrides)
+        wanted = [table.config(row, p, table.seeds[0], overrides) for p in table.points(row)]
+        wanted += [table.config(row, best, seed, overrides) for seed in table.seeds] if best else []
+        assert all(results.get(cfg) is not None for cfg in wanted), row.name
+
+
+def test_committed_pages_are_what_the_committed_numbers_say(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "configs/ablations").glob("*.yaml")):
+        out = ROOT / "benchmarks/results" / f"ablations-{path.stem}"
+        results = Results(out)
+        fingerprint = next(iter(results.records.values()))["data_fingerprint"]
+        write_up(load_table(str(path)), results, tmp_path, [f"data.fingerprint={fingerprint}"])
+        assert (tmp_path / "README.md").read_text() == (out / "README.md").read_text()
+    assert ablations.__doc__
