@@ -278,6 +278,9 @@ class TrainConfig(Section):
     """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
     compile: bool = False
     """torch.compile the model."""
+    skip_steps: tuple[int, ...] = ()
+    """Updates, from 0, that are not made: their rows are passed over and nothing else moves. For a batch that makes
+    the loss jump: start the run again from a checkpoint before it."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row end
     the run. Schedule, boundaries and data do not shift."""
@@ -320,7 +323,10 @@ class RunConfig(Section):
     """Folder or URL under which runs live."""
     seed: int = Field(0, ge=0)
     steps: int = Field(gt=0)
-    """Optimizer updates in the whole run, warm start included."""
+    """Optimizer updates in the whole run, warm start included. Left out if `tokens` is given."""
+    tokens: int | None = Field(None, gt=0)
+    """Instead of steps: a budget in tokens that the model is fed, over all workers, a whole number of updates of
+    global_batch_rows * data.seq_len tokens."""
     global_batch_rows: int = Field(gt=0)
     """Rows per update over all workers, at any world size."""
     model: ModelConfig
@@ -332,9 +338,23 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_tokens(cls, raw: Any) -> Any:
+        """Fill in `steps` where a token budget is given; what is malformed is left to the fields' own checks."""
+        if not isinstance(raw, dict) or raw.get("tokens") is None or raw.get("steps") is not None:
+            return raw
+        data = raw.get("data")
+        seq_len: Any = data.get("seq_len", 512) if isinstance(data, dict) else getattr(data, "seq_len", None)
+        tokens, rows = raw["tokens"], raw.get("global_batch_rows")
+        if not all(isinstance(n, int) and n > 0 for n in (tokens, rows, seq_len)):
+            return raw
+        return raw | {"steps": max(1, tokens // (rows * seq_len))}  # a remainder is refused below
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         problems = [
+            *_token_problems(self),
             *_batch_problems(self),
             *_cycle_problems(self),
             *_schedule_problems(self),
@@ -372,9 +392,29 @@ class RunConfig(Section):
 
 _OPERATIONAL = (
     "name", "storage", "data.path", "checkpoint.", "cluster.",
+    "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
-    "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_", "train.compile",
+    "train.micro_batch_rows", "train.max_nonfinite_steps", "train.skip_steps", "train.log_every_steps", "train.eval_",
+    "train.compile",
 )  # fmt: skip
+
+
+def _token_problems(cfg: RunConfig) -> list[str]:
+    per_step = cfg.tokens_per_step
+    if cfg.tokens is None or cfg.tokens == cfg.steps * per_step:
+        return []
+    if cfg.tokens % per_step == 0:
+        return [
+            f"tokens={cfg.tokens} is {cfg.tokens // per_step} updates of {per_step} tokens, but steps={cfg.steps}. "
+            f"Remove one of the two."
+        ]
+    below = cfg.tokens // per_step * per_step
+    return [
+        f"tokens={cfg.tokens} is not a whole number of updates of {per_step} tokens (global_batch_rows="
+        f"{cfg.global_batch_rows} * data.seq_len={cfg.data.seq_len}). Use tokens="
+        + " or ".join(str(n) for n in (below, below + per_step) if n)
+        + "."
+    ]
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:

@@ -131,15 +131,20 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate
 
-        loss = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step)
-        grad_norm = _clip(state.model, cfg.optimizer.grad_clip)
-        # Loss and gradients are reduced: every rank sees the same numbers and takes the same branch.
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            state.optimizer.step()
-        # In place under DDP: a dropped gradient would be accumulated outside DDP's buckets, a second copy of all.
-        state.optimizer.zero_grad(set_to_none=world.size == 1)
-        state.position = replace(state.position, step=done, counters=_count(cfg, state.position.counters, finite, done))
+        if step in cfg.train.skip_steps:
+            loss, grad_norm = math.nan, math.nan
+            counters = _count_skipped(state.position.counters)
+        else:
+            loss = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step)
+            grad_norm = _clip(state.model, cfg.optimizer.grad_clip)
+            # Loss and gradients are reduced: every rank sees the same numbers and takes the same branch.
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                state.optimizer.step()
+            # In place under DDP: a dropped gradient would be accumulated outside DDP's buckets, a second copy of all.
+            state.optimizer.zero_grad(set_to_none=world.size == 1)
+            counters = _count(cfg, state.position.counters, finite, done)
+        state.position = replace(state.position, step=done, counters=counters)
         timer.add(time.perf_counter() - began)
 
         emit(_train_record(cfg, state, loss, grad_norm, learning_rate, timer))
@@ -296,7 +301,11 @@ def _count(cfg: RunConfig, counters: Counters, finite: bool, done: int) -> Count
             f"last checkpoint, or start under another name from a step before (model.init_from=RUN@STEP) with a lower "
             f"optimizer.learning_rate or a longer warm-up."
         )
-    return counters.model_copy(update={"skipped_steps": counters.skipped_steps + 1, "skipped_in_a_row": in_a_row})
+    return _count_skipped(counters).model_copy(update={"skipped_in_a_row": in_a_row})
+
+
+def _count_skipped(counters: Counters) -> Counters:
+    return counters.model_copy(update={"skipped_steps": counters.skipped_steps + 1})
 
 
 def _cross_boundary(world: World, method: Method, state: TrainState, done: int) -> tuple[BoundaryReport, Record]:

@@ -16,7 +16,7 @@ from relora_ray.sizes import LLAMA_SIZES
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -137,6 +137,21 @@ def test_all_problems_come_at_once() -> None:
         parse_config(TINY, ["steps=x", "optimizer.betta1=1"])
     assert "steps='x'" in str(caught.value)
     assert "optimizer.betta1" in str(caught.value)
+
+
+def test_token_budget_counts_tokens() -> None:
+    """Not rows, as the reference's max_train_tokens does (`args_utils.py:50`)."""
+    without_steps = TINY.replace("steps: 12\n", "")
+    cfg = parse_config(without_steps, [f"tokens={12 * 6 * 24}"])
+    assert (cfg.steps, cfg.tokens_per_step) == (12, 6 * 24)
+    assert parse_config(to_yaml(cfg)) == cfg
+    assert parse_config(TINY, []).identity() == cfg.identity(), "saying it in steps is the same run"
+    with pytest.raises(ConfigError, match=r"tokens=1729 is not a whole number of updates of 144 .*tokens=1728 or 1872"):
+        parse_config(without_steps, ["tokens=1729"])
+    with pytest.raises(ConfigError, match=r"tokens=1728 is 12 updates of 144 tokens, but steps=15"):
+        parse_config(TINY, ["tokens=1728", "steps=15"])
+    with pytest.raises(ConfigError, match="tokens='1B'"):
+        parse_config(without_steps, ["tokens=1B"])
 
 
 def test_missing_key_and_missing_file() -> None:

@@ -85,6 +85,20 @@ def test_skipped_step_leaves_weights_and_shifts_nothing(cfg: RunConfig, monkeypa
     assert float(state.optimizer.state[embedding]["step"]) == 10
 
 
+def test_steps_named_in_the_config_are_passed_over(data: Path, tmp_path: Path) -> None:
+    plain, records = run(tiny_config(data, tmp_path, "name=plain"))
+    state, skipping = run(tiny_config(data, tmp_path, "train.skip_steps=[5]"))
+    before, after = losses(records), losses(skipping)
+    assert math.isnan(after[6])
+    assert {s: after[s] for s in range(1, 6)} == {s: before[s] for s in range(1, 6)}
+    assert after[7] == pytest.approx(before[7], abs=0.3), "the next step reads its own rows"
+    assert after[7] != before[7]
+    assert state.position.counters.skipped_steps == 1
+    assert state.position.boundary == plain.position.boundary == 12
+    rates = [[r["learning_rate"] for r in rs if r["kind"] == "train"] for rs in (records, skipping)]
+    assert rates[0] == rates[1]
+
+
 def test_resume_after_skipped_steps_is_bitwise(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, cfg, {2, 3, 6})
     whole, _ = run(cfg.model_copy(update={"name": "whole"}))
