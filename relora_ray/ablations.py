@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as data.path=FOLDER")
     parser.add_argument("--out", required=True, type=Path, help="folder for results.json, README.md and curves.png")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         run_table(load_table(args.table), args.out, args.overrides, jobs=args.jobs)
     except ReloraError as error:
