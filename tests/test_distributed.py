@@ -12,12 +12,12 @@ import torch
 from relora_ray import loop
 from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.config import RunConfig
+from relora_ray.conformance.processes import run_ranks
 from relora_ray.errors import CheckpointError, RanksDisagreeError, StorageError
 from relora_ray.loop import TrainState, run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World
 from relora_ray.runs import claim, run_storage
-from tests.ranks import run_ranks
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
 

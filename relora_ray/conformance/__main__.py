@@ -1,0 +1,88 @@
+"""Hold an implementation of ReLoRA to the conformance suite and print the table.
+
+python -m relora_ray.conformance [--implementation MODULE:CLASS] [--only CHECK ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from relora_ray.conformance.implementation import Implementation
+from relora_ray.conformance.ours import Ours
+from relora_ray.conformance.suite import CHECKS, Result, markdown, run_suite
+from relora_ray.data.prepare import Request, prepare
+from relora_ray.errors import ReloraError
+
+# Bits depend on the number of threads, and two processes share a small machine.
+THREADS = "1"
+
+
+def make_data(text: Path, tokenizer: Path, out: Path) -> str:
+    """The first 200,000 characters of `text` as a dataset of a few shards."""
+    import bz2
+
+    excerpt = out / "excerpt.txt"
+    raw = bz2.decompress(text.read_bytes()) if text.suffix == ".bz2" else text.read_bytes()
+    out.mkdir(parents=True, exist_ok=True)
+    excerpt.write_text(raw.decode()[:200_000])
+    request = Request(
+        sources=(str(excerpt),),
+        out=str(out / "tokens"),
+        tokenizer=str(tokenizer),
+        document_separator=r"<\|endoftext\|>|(?i:chapter [ivxlc0-9]+)",
+        validation_fraction=0.2,
+        shard_tokens=10_000,
+        num_workers=1,
+    )
+    prepare(request, quiet=True)
+    return request.out
+
+
+def load(name: str, configs: Path) -> Implementation:
+    if not name:
+        return Ours(configs)
+    module, _, attribute = name.partition(":")
+    loaded: Implementation = getattr(importlib.import_module(module), attribute)()
+    return loaded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_ray.conformance", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--implementation", default="", metavar="MODULE:CLASS", help="default: relora_ray's own")
+    parser.add_argument("--only", nargs="+", default=[], choices=[c.id for c in CHECKS], metavar="CHECK")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="the repository's configs/")
+    args = parser.parse_args()
+
+    os.environ["OMP_NUM_THREADS"] = THREADS
+    import torch
+
+    torch.set_num_threads(int(THREADS))
+    logging.disable(logging.WARNING)  # crashes and NaNs are the point here
+
+    word = {True: "pass", False: "FAIL", None: "-"}
+
+    def show(result: Result) -> None:
+        print(f"{word[result.passed]:4}  {result.check.id:16} {result.value}  ({result.seconds:.1f} s)", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="relora-ray-conformance-") as folder:
+        try:
+            quickstart = args.configs / "quickstart"
+            data = make_data(quickstart / "austen.txt.bz2", quickstart / "tokenizer", Path(folder, "data"))
+            implementation = load(args.implementation, args.configs)
+            results = run_suite(implementation, data, Path(folder), only=args.only, on_result=show)
+        except (ReloraError, OSError) as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(f"\n{implementation.name}\n\n{markdown(results)}")
+    if any(result.passed is False for result in results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The adapter between the suite and an implementation of ReLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+Phase = Literal["update", "boundary", "checkpoint"]
+
+
+class NotOffered(Exception):
+    """The implementation has no such thing."""
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """The live tensors of one wrapped layer: y = x W^T + scale * (x A^T) B^T."""
+
+    a: torch.Tensor
+    """(r, in)."""
+    b: torch.Tensor
+    """(out, r)."""
+    scale: float
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A small run of ReLoRA: a LLaMA of 2 blocks of width 32, rank 4, scale 2, a checkpoint after every two updates."""
+
+    folder: str
+    """Where all that the run stores goes. Training with a folder that holds checkpoints resumes."""
+    data: str
+    """A dataset written by relora_ray.data.prepare; at most 2,048 token ids."""
+    steps: int = 12
+    warm_start_steps: int = 3
+    merge_every_steps: int = 3
+    global_batch_rows: int = 6
+    seq_len: int = 24
+    tokens: int | None = None
+    """If set, the run's budget, in place of `steps`."""
+    nonfinite: frozenset[int] = frozenset()
+    """Updates, from 0, whose loss and gradients are made NaN."""
+    skipped: frozenset[int] = frozenset()
+    """Updates whose rows the user asks to pass over."""
+    crash: tuple[Phase, int] | None = None
+    """Die at once after this phase of the step with so many finished updates."""
+
+
+@dataclass
+class Trace:
+    """What one process did from start to end, or to its crash."""
+
+    began_at: int = 0
+    """Finished updates when it started."""
+    learning_rates: dict[int, float] = field(default_factory=dict)
+    """By update, from 0, whether made or skipped."""
+    rows: dict[int, list[str]] = field(default_factory=dict)
+    """By update: a digest of every row of tokens that this process fed the model."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """By update: mean loss over the global batch."""
+    boundaries: dict[int, str] = field(default_factory=dict)
+    """By number of finished updates: a digest of all weights after the boundary."""
+    crashed: bool = False
+    final: str = ""
+    """Digest of all weights and all optimizer state at the end."""
+    probe: torch.Tensor | None = None
+    """Logits at the end for token ids 0 to 7, shape (8, vocabulary)."""
+
+
+class Implementation:
+    """Subclass this. Every method but `name` may be left out: its checks are then reported as not offered."""
+
+    name = "?"
+
+    # Layers. Models are plain: Hugging Face's LLaMA, or nn.Linear layers in an nn.ModuleList; fp32, on the CPU.
+
+    def wrap(self, model: nn.Module, *, rank: int, alpha: float, seed: int, precision: str = "fp32") -> nn.Module:
+        """Put adapters on the linear layers of the blocks, as at the start of training in `precision` (fp32, bf16)."""
+        raise NotOffered
+
+    def layers(self, model: nn.Module) -> dict[str, LayerView]:
+        """Live views of all wrapped layers, by name."""
+        raise NotOffered
+
+    def merge(self, model: nn.Module, *, seed: int, boundary: int) -> None:
+        """Merge and re-initialise every adapter."""
+        raise NotOffered
+
+    def dense(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Dense weights of the function of `model`, fp32, under the plain model's names. Copies."""
+        raise NotOffered
+
+    def optimizer(self, model: nn.Module, *, learning_rate: float, beta2: float) -> torch.optim.Optimizer:
+        """Adam over all trained parameters, whose state has exp_avg, exp_avg_sq and step."""
+        raise NotOffered
+
+    def reset(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, kind: str, ratio: float, seed: int, boundary: int
+    ) -> None:
+        """Prune the adapters' state: zero, magnitude, random (a share `ratio`), none."""
+        raise NotOffered
+
+    def jagged_cosine(
+        self, step: int, *, steps: int, warmup: int, every: int, restart_warmup: int, floor: float
+    ) -> float:
+        """The learning rate's multiplier for update `step`."""
+        raise NotOffered
+
+    # Runs.
+
+    def prepare(self, spec: Spec) -> None:
+        """Called once before `train` is called in one or several processes."""
+
+    def train(self, spec: Spec) -> Trace:
+        """Train in this process, or as one rank of torch.distributed's default group if there is one."""
+        raise NotOffered
+
+    def export(self, spec: Spec) -> str:
+        """A Hugging Face folder of the finished run's model."""
+        raise NotOffered
+
+    def checkpoint_files(self, spec: Spec) -> list[Path]:
+        """Every file that the newest checkpoint needs."""
+        raise NotOffered
+
+    def shipped(self) -> list[str]:
+        """Names of the ready-made configs."""
+        raise NotOffered
+
+    def run_reduced(self, name: str, spec: Spec) -> int:
+        """Run two cycles of a ready-made config, with a smaller model and batch and its own settings otherwise;
+        returns how many updates were made."""
+        raise NotOffered
