@@ -73,8 +73,9 @@ class ModelConfig(Section):
     """Instead of a size: a Hugging Face folder, `config.json` or hub name that gives the architecture of any
     causal language model. Its weights are not read: see `init_from`."""
     init_from: str = ""
-    """Weights to start from: a Hugging Face folder, or a run's folder (`RUN` for its newest checkpoint,
-    `RUN@STEP` for a named one). Optimizer state is not taken over. Empty: a seeded random start."""
+    """Weights to start from: a Hugging Face folder, a checkpoint of the published ReLoRA code (its adapters are
+    merged), or a run's folder (`RUN` for its newest checkpoint, `RUN@STEP` for a named one). Optimizer state is not
+    taken over. Empty: a seeded random start."""
 
     @field_validator("init_from")
     @classmethod

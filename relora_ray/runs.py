@@ -33,6 +33,7 @@ from relora_ray.model import (
     load_hf_weights,
     save_hf_folder,
 )
+from relora_ray.reference import is_reference_folder, read_reference
 from relora_ray.storage import Storage
 
 CONFIG = "config.yaml"
@@ -141,7 +142,9 @@ def new_model(cfg: RunConfig) -> nn.Module:
     if not source:
         return model
     reference, _, step = source.partition("@")
-    if "://" not in reference and is_hf_folder(reference):
+    if is_reference_folder(reference):
+        copy_weights(model, read_reference(reference), f"model.init_from={source!r}")
+    elif "://" not in reference and is_hf_folder(reference):
         load_hf_weights(model, reference)
     elif Storage(reference).exists(CONFIG):
         trained = load_trained(reference, int(step) if step else None)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "relora_ray"
 RANKS = {
     "errors": 0, "keyed": 0, "sizes": 0,
     "config": 1, "storage": 1, "data.order": 1,
-    "schedule": 2, "config_file": 2, "model": 2, "optim": 2, "parallel": 2, "metrics": 2,
+    "schedule": 2, "config_file": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2, "metrics": 2,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
     "runs": 4, "loop": 5,
     "runtime": 6,
