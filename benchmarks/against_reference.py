@@ -151,9 +151,7 @@ def main() -> None:
     print("# `compat: reference` against the published code\n")
     print(" ".join(__doc__.split("\n\n")[2].split()))
     print(f"\n40 updates in 4 cycles, a LLaMA of width 48, fp32. Machine: {machine()}.\n")
-    print(
-        "| reset | learning rate | largest difference in loss | weights apart | loss at the end | max abs A |"
-    )
+    print("| reset | learning rate | largest difference in loss | weights apart | loss at the end | max abs A |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "text.txt")

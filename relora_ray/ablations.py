@@ -82,7 +82,8 @@ class Table(Section):
             ratio = self.warm_start_learning_rate / cfg.optimizer.learning_rate
             lines.append(f"method.warm_start_lr_ratio={ratio!r}")
             cfg = parse_config(_flow({"name": "x", **self.base}), [*lines, *overrides], source=source)
-        return cfg
+        # A row that was changed in the table is another run.
+        return cfg.model_copy(update={"name": f"{cfg.name}-{identity(cfg)[:6]}"})
 
 
 def _flow(value: Any) -> str:
