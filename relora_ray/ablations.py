@@ -21,10 +21,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -35,6 +36,7 @@ from relora_ray.config_file import parse_config
 from relora_ray.errors import ConfigError, NonFiniteError, ReloraError
 
 Point = dict[str, float]
+Record = dict[str, Any]
 
 
 class Row(Section):
@@ -104,14 +106,14 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "results.json"
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, Record] = {}
         if self._path.exists():
             self.records = {r["identity"]: r for r in json.loads(self._path.read_text())["runs"]}
 
-    def get(self, cfg: RunConfig) -> dict[str, Any] | None:
+    def get(self, cfg: RunConfig) -> Record | None:
         return self.records.get(identity(cfg))
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         self.records[record["identity"]] = record
         ordered = sorted(self.records.values(), key=lambda r: r["name"])
         text = '{"runs": [\n' + ",\n".join(json.dumps(r) for r in ordered) + "\n]}\n"
@@ -125,7 +127,7 @@ def identity(cfg: RunConfig) -> str:
     return sha256(json.dumps(cfg.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_one(cfg: RunConfig) -> dict[str, Any]:
+def run_one(cfg: RunConfig) -> Record:
     """Train one run to its end, in this process; its record. A run that diverges has no loss."""
     from relora_ray import metrics
     from relora_ray.loop import run_attempt
@@ -175,7 +177,7 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
     os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the number of threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
-        running: dict[Future[dict[str, Any]], Row] = {}
+        running: dict[Future[Record], Row] = {}
         waiting = {row.name: row for row in table.rows}
 
         def submit(row: Row, cfg: RunConfig) -> None:
@@ -188,7 +190,7 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
         while True:
             for name in [n for n in waiting if not any(row.name == n for row in running.values())]:
                 row = waiting.pop(name)
-                if (best := best_point(table, row, results, overrides)) is not None:
+                if (best := collect(table, row, results, overrides).best) is not None:
                     for seed in others:
                         submit(row, table.config(row, best, seed, overrides))
             write_up(table, results, out, overrides)
@@ -208,103 +210,120 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def best_point(table: Table, row: Row, results: Results, overrides: list[str]) -> Point | None:
-    """The grid point of lowest loss with the first seed, or None if all diverged or none was run."""
-    losses = {}
-    for number, point in enumerate(table.points(row)):
-        record = results.get(table.config(row, point, table.seeds[0], overrides))
-        if record is not None and record["loss"] is not None:
-            losses[number] = record["loss"]
-    return table.points(row)[min(losses, key=lambda n: losses[n])] if losses else None
+@dataclass(frozen=True)
+class RowResults:
+    """What is known of a row so far."""
+
+    row: Row
+    grid: list[tuple[Point, Record | None]]
+    """With the first seed."""
+    seeds: list[Record]
+    """At the best point: as many as have been run."""
+
+    @property
+    def best(self) -> Point | None:
+        """The grid point of lowest loss, or None if all diverged or none was run."""
+        losses = [(record["loss"], number) for number, (_, record) in enumerate(self.grid) if has_loss(record)]
+        return self.grid[min(losses)[1]][0] if losses else None
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.seeds if has_loss(record)]
+
+
+def has_loss(record: Record | None) -> TypeGuard[Record]:
+    return record is not None and record["loss"] is not None
+
+
+def collect(table: Table, row: Row, results: Results, overrides: list[str]) -> RowResults:
+    first = table.seeds[0]
+    grid = [(point, results.get(table.config(row, point, first, overrides))) for point in table.points(row)]
+    found = RowResults(row, grid, [])
+    if found.best is None:
+        return found
+    seeds = [results.get(table.config(row, found.best, seed, overrides)) for seed in table.seeds]
+    return replace(found, seeds=[record for record in seeds if record is not None])
 
 
 def write_up(table: Table, results: Results, out: Path, overrides: list[str]) -> None:
-    (out / "README.md").write_text("\n".join(_page(table, results, overrides)) + "\n")
-    if results.records:
-        _plot(table, results, out / "curves.png", overrides)
+    rows = [collect(table, row, results, overrides) for row in table.rows]
+    (out / "README.md").write_text("\n".join(_page(table, rows)) + "\n")
+    _plot(table.title, [row for row in rows if row.losses], out / "curves.png")
 
 
-def _page(table: Table, results: Results, overrides: list[str]) -> Iterator[str]:
+def _page(table: Table, rows: list[RowResults]) -> Iterator[str]:
     yield f"# {table.title}\n"
     if table.text:
         yield table.text.strip() + "\n"
-    yield "| | trained | grid point | held-out loss | perplexity | over seeds |"
+    yield "| | trained parameters | grid point | held-out loss | perplexity | by seed |"
     yield "|---|---|---|---|---|---|"
-    for row in table.rows:
-        best = best_point(table, row, results, overrides)
-        if best is None:
-            done = any(results.get(table.config(row, p, table.seeds[0], overrides)) for p in table.points(row))
-            yield f"| {row.label} | | | {'diverged' if done else 'not run yet'} | | |"
-            continue
-        records = _seeds(table, row, best, results, overrides)
-        losses = [r["loss"] for r in records if r["loss"] is not None]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        each = ", ".join("diverged" if r["loss"] is None else f"{r['loss']:.4f}" for r in records)
-        mean = statistics.fmean(losses)
-        yield (
-            f"| {row.label} | {records[0]['num_trainable'] / 1e6:.3f} M of {records[0]['num_parameters'] / 1e6:.3f} M "
-            f"| {_point(best)} | {mean:.4f}{spread} | {math.exp(mean):.3f} | {each} |"
-        )
-    yield f"\n## The grid (seed {table.seeds[0]})\n"
-    yield "| | grid point: held-out loss |"
+    for found in rows:
+        yield _row(found)
+    yield f"\nLoss in nats per token, mean and standard deviation over seeds {', '.join(map(str, table.seeds))}."
+    yield f"\n## The grid, seed {table.seeds[0]}\n"
+    yield "| | held-out loss at each point |"
     yield "|---|---|"
-    for row in table.rows:
-        found = []
-        for point in table.points(row):
-            record = results.get(table.config(row, point, table.seeds[0], overrides))
-            loss = "-" if record is None else "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
-            found.append(f"{_point(point)}: {loss}")
-        yield f"| {row.label} | {'; '.join(found)} |"
-    records_ = list(results.records.values())
-    yield "\n![held-out loss](curves.png)\n"
+    for found in rows:
+        points = (f"{_point(point)}: {_loss(record)}" for point, record in found.grid)
+        yield f"| {found.row.label} | {'; '.join(points)} |"
+    yield "\n![held-out loss over the run](curves.png)\n"
+    runs = {r["identity"]: r for f in rows for r in (*(r for _, r in f.grid if r is not None), *f.seeds)}
     for what, of in (("Machine", "machine"), ("Version", "version"), ("Data", "data_fingerprint")):
-        yield f"{what}: {'; '.join(sorted({str(r[of]) for r in records_})) or '-'}  "
-    if records_:
-        hours = sum(r["train_s"] for r in records_) / 3600
-        yield f"{len(records_)} runs of {records_[0]['tokens']:,} tokens, {hours:.1f} hours of one thread.\n"
+        yield f"{what}: {'; '.join(sorted({str(r[of]) for r in runs.values()})) or '-'}  "
+    hours = sum(r["train_s"] for r in runs.values()) / 3600
+    tokens = ", ".join(f"{n:,}" for n in sorted({r["tokens"] for r in runs.values() if has_loss(r)}))
+    yield f"{len(runs)} runs of {tokens or 'no'} tokens, {hours:.1f} hours of one thread\n"
     yield "## Settings\n"
     yield f"```yaml\n{yaml.safe_dump(table.base, sort_keys=False, default_flow_style=None)}```"
 
 
-def _seeds(table: Table, row: Row, point: Point, results: Results, overrides: list[str]) -> list[dict[str, Any]]:
-    found = (results.get(table.config(row, point, seed, overrides)) for seed in table.seeds)
-    return [record for record in found if record is not None]
+def _row(found: RowResults) -> str:
+    if found.best is None:
+        state = "diverged" if any(record is not None for _, record in found.grid) else "not run yet"
+        return f"| {found.row.label} | | | {state} | | |"
+    losses, one = found.losses, found.seeds[0]
+    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    mean = statistics.fmean(losses)
+    return (
+        f"| {found.row.label} | {one['num_trainable']:,} of {one['num_parameters']:,} | {_point(found.best)} "
+        f"| {mean:.4f}{spread} | {math.exp(mean):.3f} | {', '.join(map(_loss, found.seeds))} |"
+    )
+
+
+def _loss(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    return f"{record['loss']:.4f}" if has_loss(record) else "diverged"
 
 
 def _point(point: Point) -> str:
     return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in point.items())
 
 
-def _plot(table: Table, results: Results, path: Path, overrides: list[str]) -> None:
+def _plot(title: str, rows: list[RowResults], path: Path) -> None:
     """Mean held-out loss of every row over the run, with the range over seeds."""
+    if not rows:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    lowest, highest = math.inf, -math.inf
-    colours = plt.get_cmap("tab10" if len(table.rows) <= 10 else "tab20").colors  # type: ignore[attr-defined]
-    for number, row in enumerate(table.rows):
-        best = best_point(table, row, results, overrides)
-        if best is None:
-            continue
-        curves = [
-            {int(step): loss for step, loss in r["evals"].items() if int(step) > 0}
-            for r in _seeds(table, row, best, results, overrides)
-            if r["loss"] is not None
-        ]
+    ends = []
+    for number, found in enumerate(rows):
+        curves = [{int(s): loss for s, loss in r["evals"].items() if int(s) > 0} for r in found.seeds if has_loss(r)]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[step] for curve in curves] for step in steps]
-        colour, style = colours[number % len(colours)], ["-", "--", ":"][number // len(colours) % 3]
-        axes.plot(steps, [statistics.fmean(v) for v in values], style, color=colour, marker=".", label=row.label)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
-        lowest, highest = min(lowest, *map(min, values)), max(highest, *map(max, values))
-    if lowest < highest:
-        axes.set_ylim(lowest - 0.02, min(highest, lowest + 0.5))
+        colour, dashes = f"C{number % 10}", ["-", "--", ":"][number // 10 % 3]
+        means = [statistics.fmean(v) for v in values]
+        axes.plot(steps, means, marker=".", label=found.row.label, color=colour, linestyle=dashes)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2)
+        ends += values[-1]
+    axes.set_ylim(min(ends) - 0.03, max(ends) + 0.3)
     axes.set_xlabel("updates")
     axes.set_ylabel("held-out loss, nats per token")
-    axes.set_title(table.title)
+    axes.set_title(title)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from relora_ray import ablations
-from relora_ray.ablations import Results, best_point, load_table, run_table, write_up
+from relora_ray.ablations import Results, collect, load_table, run_table, write_up
 from relora_ray.errors import ConfigError
 from tests.conftest import ROOT
 from tests.tiny import TINY
@@ -102,7 +101,7 @@ def test_shipped_tables_are_valid_and_their_results_complete(path: Path) -> None
     fingerprint = next(iter(results.records.values()))["data_fingerprint"]
     overrides = [f"data.fingerprint={fingerprint}"]
     for row in table.rows:
-        best = best_point(table, row, results, overrides)
+        best = collect(table, row, results, overrides).best
         wanted = [table.config(row, p, table.seeds[0], overrides) for p in table.points(row)]
         wanted += [table.config(row, best, seed, overrides) for seed in table.seeds] if best else []
         assert all(results.get(cfg) is not None for cfg in wanted), row.name
@@ -115,4 +114,3 @@ def test_committed_pages_are_what_the_committed_numbers_say(tmp_path: Path) -> N
         fingerprint = next(iter(results.records.values()))["data_fingerprint"]
         write_up(load_table(str(path)), results, tmp_path, [f"data.fingerprint={fingerprint}"])
         assert (tmp_path / "README.md").read_text() == (out / "README.md").read_text()
-    assert ablations.__doc__
