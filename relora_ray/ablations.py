@@ -34,6 +34,7 @@ from relora_ray import __version__
 from relora_ray.config import RunConfig, Section
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ConfigError, NonFiniteError, ReloraError
+from relora_ray.plots import pyplot
 
 Point = dict[str, float]
 Record = dict[str, Any]
@@ -166,6 +167,7 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
     """All runs that are still missing, `jobs` at a time."""
     from relora_ray.runs import open_data
 
+    pyplot()
     first, *others = table.seeds
     one = table.config(table.rows[0], table.points(table.rows[0])[0], first, overrides)
     overrides = [*overrides, f"data.fingerprint={open_data(one).fingerprint}"]
@@ -304,11 +306,7 @@ def _plot(title: str, rows: list[RowResults], path: Path) -> None:
     """Mean held-out loss of every row over the run, with the range over seeds."""
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 5.5))
     ends = []
     for number, found in enumerate(rows):

@@ -22,6 +22,7 @@ import torch
 from relora_ray.errors import ConfigError, ReloraError
 from relora_ray.methods.lowrank import block_linears
 from relora_ray.model import build_model
+from relora_ray.plots import pyplot
 from relora_ray.runs import load_trained
 
 
@@ -140,11 +141,7 @@ def _by_kind(run: RunSpectrum) -> dict[str, list[Spectrum]]:
 
 def _plot(runs: list[RunSpectrum], path: Path) -> None:
     """Singular values by index, mean over the blocks, one panel per kind of layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     kinds = list(_by_kind(runs[0]))
     rows = -(-len(kinds) // 4)
     figure, panels = plt.subplots(rows, min(4, len(kinds)), figsize=(14, 3.2 * rows + 0.6), squeeze=False)
@@ -176,6 +173,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="checkpoint to end at; default: each run's newest")
     args = parser.parse_args()
     try:
+        pyplot()
         runs = [run_spectrum(url, from_step=args.from_step, step=args.step) for url in args.runs]
         write(runs, args.out)
     except ReloraError as error:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "relora_ray"
 RANKS = {
     "errors": 0, "keyed": 0, "sizes": 0,
     "config": 1, "storage": 1, "data.order": 1,
-    "schedule": 2, "config_file": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2, "metrics": 2,
+    "schedule": 2, "config_file": 2, "plots": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2, "metrics": 2,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
     "runs": 4, "loop": 5,
     "runtime": 6,
@@ -28,7 +28,7 @@ RANKS = {
 
 LIBRARIES = {
     "torch": 2, "transformers": 2, "safetensors": 2, "datasets": 3, "pyarrow": 3, "ray": 6, "pydantic": 1, "yaml": 1,
-    "numpy": 1, "fsspec": 1,
+    "matplotlib": 2, "numpy": 1, "fsspec": 1,
 }  # fmt: skip
 
 
@@ -74,6 +74,8 @@ def test_module_imports_lower_ranks_only(name: str, path: Path) -> None:
             assert LIBRARIES[top] <= RANKS[mine], f"{name} (rank {RANKS[mine]}) imports {top}"
         if top == "ray":
             assert mine == "runtime"
+        if top == "matplotlib":
+            assert mine == "plots"
         if top in ("fsspec", "s3fs"):
             assert mine in ("storage", "data.documents")
 
