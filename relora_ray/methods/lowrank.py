@@ -102,14 +102,11 @@ class LowRankLinear(nn.Module):
         """Dropout on the adapters' input: there is no one matrix then."""
         base = F.linear(x, _out_in(self.frozen(), self.transposed).to(dtype), self.bias)
         h = F.linear(F.dropout(x, self.dropout, training=True), self.lora_A)
-        return base + F.linear(h * self._scale(), self.lora_B)  # scaled at r columns, not at out
+        scale = self.scale if self.lora_gain is None else self.scale * self.lora_gain
+        return base + F.linear(h * scale, self.lora_B)  # scaled at r columns, not at out
 
     def _parts(self) -> tuple[Any, ...]:
-        return self.weight, self.residual, self.lora_A, self.lora_B, self._scale(), self.transposed
-
-    def _scale(self) -> torch.Tensor:
-        scale = torch.tensor(self.scale, device=self.weight.device)
-        return scale if self.lora_gain is None else scale * self.lora_gain
+        return self.weight, self.residual, self.lora_A, self.lora_B, self.lora_gain, self.scale, self.transposed
 
     def merge_(self) -> None:
         """Add the update to W. The adapters are stale until `redraw_`."""
@@ -131,7 +128,7 @@ class LowRankLinear(nn.Module):
 
 
 class _MergedLinear(torch.autograd.Function):
-    """x M^T for M = W + s B A, with gradients for x, A, B and s; of what depends on x it saves x alone.
+    """x M^T for M = W + s B A, with gradients for x, A, B and the gain in s; of what depends on x it saves x alone.
 
     M is built where it is used, in forward and again in backward: a share of r / rows of the layer's own work, and no
     second copy of W is held. The gradient of M, (out, in), is never formed: dA = s (dy B)^T x, dB = s dy^T (x A^T).
@@ -139,21 +136,25 @@ class _MergedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *parts: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, *parts[:-1])
-        ctx.transposed = parts[-1]
+        *tensors, ctx.scale, ctx.transposed = parts
+        ctx.save_for_backward(x, *tensors)
         return F.linear(x, _out_in(_merged(*parts), ctx.transposed).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, residual, a, b, scale = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
+        parts: Any = (*tensors, ctx.scale, ctx.transposed)
+        _, _, a, b, gain = tensors
         dy = grads[0].to(x.dtype)
-        merged = _merged(weight, residual, a, b, scale, ctx.transposed)
-        dx = dy @ _out_in(merged, ctx.transposed).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ _out_in(_merged(*parts), ctx.transposed).to(x.dtype)
         rows_x, rows_dy = x.flatten(0, -2), dy.flatten(0, -2)
         h, g = rows_x @ a.to(x.dtype).T, rows_dy @ b.to(x.dtype)  # (rows, r) each
+        scale = ctx.scale if gain is None else ctx.scale * gain
         da, db = (g.T @ rows_x).float() * scale, (rows_dy.T @ h).float() * scale
-        dscale = (g.float() * h.float()).sum() if ctx.needs_input_grad[5] else None
-        return dx, None, None, da, db, dscale, None
+        dgain = None if gain is None else (g.float() * h.float()).sum() * ctx.scale
+        return dx, None, None, da, db, dgain, None, None
 
 
 def _frozen(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -165,11 +166,14 @@ def _merged(
     residual: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
-    scale: torch.Tensor,
+    gain: torch.Tensor | None,
+    scale: float,
     transposed: bool,
 ) -> torch.Tensor:
-    """W + scale * B @ A in fp32 and in W's layout: the one place where they are added up."""
+    """W + scale * gain * B @ A in fp32 and in W's layout: the one place where they are added up."""
     update = b.float() @ a.float() * scale
+    if gain is not None:
+        update = update * gain
     return _frozen(weight, residual) + (update.T if transposed else update)
 
 
