@@ -218,9 +218,10 @@ class ReloraConfig(LoraConfig):
     reset: ResetConfig = ResetConfig()
     compat: Literal["", "reference"] = ""
     """reference: the arithmetic of the published code (Guitaricet/relora at 176f376) where it differs. A and B both
-    start at zero; merges fall one update later, so that none follows the last cycle; m and v are pruned with masks of
-    their own; reset kind zero prunes a random 0.999; Adam's step is kept. Draws stay keyed. For comparisons, and to
-    continue what was begun there; the published layer also has dropout=0.1."""
+    start at zero; merges fall one update later, so that none follows the last cycle; a reset only where the learning
+    rate restarts; m and v are pruned with masks of their own; reset kind zero prunes a random 0.999; Adam's step is
+    kept; after a warm start optimizer and schedule begin anew. Draws stay keyed. For comparisons, and to continue what
+    was begun there; the published layer also has dropout=0.1."""
 
     @model_validator(mode="after")
     def _check_compat(self) -> ReloraConfig:
@@ -280,8 +281,8 @@ class TrainConfig(Section):
     compile: bool = False
     """torch.compile the model."""
     skip_steps: tuple[int, ...] = ()
-    """Updates, from 0, that are not made: their rows are passed over and nothing else moves. For a batch that makes
-    the loss jump: start the run again from a checkpoint before it."""
+    """Updates, from 0, that are not made: their rows are passed over and nothing else moves. Fixed for a run, as it
+    decides the result."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row end
     the run. Schedule, boundaries and data do not shift."""
@@ -348,14 +349,15 @@ class RunConfig(Section):
         data = raw.get("data")
         seq_len: Any = data.get("seq_len", 512) if isinstance(data, dict) else getattr(data, "seq_len", None)
         tokens, rows = raw["tokens"], raw.get("global_batch_rows")
-        if not all(isinstance(n, int) and n > 0 for n in (tokens, rows, seq_len)):
+        if not all(isinstance(n, (int, float)) and n > 0 for n in (tokens, rows, seq_len)):
             return raw
-        return raw | {"steps": max(1, tokens // (rows * seq_len))}  # a remainder is refused below
+        return raw | {"steps": max(1, int(tokens // (rows * seq_len)))}  # a remainder is refused below
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         problems = [
             *_token_problems(self),
+            *_compat_problems(self),
             *_batch_problems(self),
             *_cycle_problems(self),
             *_schedule_problems(self),
@@ -395,7 +397,7 @@ _OPERATIONAL = (
     "name", "storage", "data.path", "checkpoint.", "cluster.",
     "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
-    "train.micro_batch_rows", "train.max_nonfinite_steps", "train.skip_steps", "train.log_every_steps", "train.eval_",
+    "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
     "train.compile",
 )  # fmt: skip
 
@@ -416,6 +418,20 @@ def _token_problems(cfg: RunConfig) -> list[str]:
         + " or ".join(str(n) for n in (below, below + per_step) if n)
         + "."
     ]
+
+
+def _compat_problems(cfg: RunConfig) -> list[str]:
+    problems = []
+    if wrong := [s for s in cfg.train.skip_steps if not 0 <= s < cfg.steps]:
+        problems.append(
+            f"train.skip_steps has {wrong[0]}, which is no update of the run: they are 0 to {cfg.steps - 1}."
+        )
+    if getattr(cfg.method, "compat", "") == "reference" and cfg.optimizer.weight_decay:
+        problems.append(
+            f"optimizer.weight_decay={cfg.optimizer.weight_decay} with method.compat='reference': the published code "
+            f"decays norms and biases too, which is not reproduced. Set optimizer.weight_decay=0."
+        )
+    return problems
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:

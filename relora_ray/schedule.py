@@ -7,6 +7,7 @@ steps 0-9, follows one cosine to step 400, and at 100, 200 and 300 falls to 0 an
 """
 
 import math
+from functools import lru_cache
 
 from relora_ray.config import RunConfig
 
@@ -17,9 +18,19 @@ def lr_multiplier(step: int, cfg: RunConfig) -> float:
     jagged_cosine is the published `cosine_restarts` (Lialin et al. 2023, section 3; reference
     `training_utils.py:_get_cosine_schedule_with_multiple_warmups_lambda`), with restarts counted from the end
     of the warm start. The first update after a start or restart has rate 0, as published.
+
+    With method.compat=reference what follows the warm start is a run of its own, with a schedule of its own.
     """
+    if getattr(cfg.method, "compat", "") == "reference" and 0 < cfg.warm_start_steps <= step:
+        return _shape(step - cfg.warm_start_steps, _after_warm_start(cfg))
     warming = step < cfg.warm_start_steps
     return (getattr(cfg.method, "warm_start_lr_ratio", 1.0) if warming else 1.0) * _shape(step, cfg)
+
+
+@lru_cache
+def _after_warm_start(cfg: RunConfig) -> RunConfig:
+    method = cfg.method.model_copy(update={"warm_start_steps": 0})
+    return cfg.model_copy(update={"steps": cfg.steps - cfg.warm_start_steps, "method": method})
 
 
 def restart_step(step: int, cfg: RunConfig) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -77,17 +78,30 @@ def run_spectrum(url: str, *, from_step: int | None = None, step: int | None = N
         raise ConfigError(f"{url}: there is no update between step {begin} and step {after.manifest.step}.")
     plain = build_model(after.cfg.model, seq_len=after.cfg.data.seq_len, seed=0, device="meta")
     old, new = (t.method.dense_state_dict(t.model) for t in (before, after))
-    layers = [spectrum(path, old[f"{path}.weight"], new[f"{path}.weight"]) for path, _ in block_linears(plain)]
+    noise = _EPS[getattr(after.cfg.method, "frozen_weights", "fp32")]
+    noise *= math.sqrt(after.manifest.counters.merges - before.manifest.counters.merges + 1)
+    layers = [
+        spectrum(path, old[f"{path}.weight"], new[f"{path}.weight"], relative_noise=noise)
+        for path, _ in block_linears(plain)
+    ]
     return RunSpectrum(after.cfg.name, after.cfg.method.kind, begin, after.manifest.step, layers)
 
 
-def spectrum(path: str, before: torch.Tensor, after: torch.Tensor) -> Spectrum:
-    """Of `after - before`, two matrices of one shape."""
+# Spacing of the numbers that weights are rounded to when they are stored, relative to the weight.
+_EPS = {"fp32": 2.0**-23, "bf16_int8": 2.0**-15, "bf16": 2.0**-7}
+
+
+def spectrum(path: str, before: torch.Tensor, after: torch.Tensor, *, relative_noise: float = _EPS["fp32"]) -> Spectrum:
+    """Of `after - before`, two matrices of one shape.
+
+    Rounding adds a matrix of independent entries of `relative_noise` times the weights' size (at most: uniform within
+    a spacing has 0.29 of it as standard deviation), whose largest singular value is about its entry's size times
+    sqrt(rows) + sqrt(columns).
+    """
     values = torch.linalg.svdvals(after.double() - before.double())
-    # An fp32 weight is off by half a unit in the last place, wherever it was rounded: numpy's bound for a matrix of
-    # the weights' own size.
-    noise = torch.linalg.matrix_norm(after.double(), 2) * max(after.shape) * torch.finfo(torch.float32).eps
-    return Spectrum(path, values.tolist(), float(noise))
+    size = max(before.double().square().mean(), after.double().square().mean()).sqrt()
+    noise = relative_noise * float(size) * (math.sqrt(after.shape[0]) + math.sqrt(after.shape[1]))
+    return Spectrum(path, values.tolist(), noise)
 
 
 def write(runs: list[RunSpectrum], out: Path) -> None:

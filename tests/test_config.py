@@ -108,6 +108,7 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["model.num_heads=5"], ["model.hidden_size=32 with model.num_heads=5"]),
         (["model.huggingface=gpt2"], ["model.hidden_size=32 is given together with model.huggingface='gpt2'"]),
         (["name=a/b"], ["name='a/b'", "pattern"]),
+        (["train.skip_steps=[12]"], ["train.skip_steps has 12", "they are 0 to 11"]),
         (["storage=s3://key:secret@bucket/x"], ["must not carry credentials"]),
         (["steps"], ["override 'steps' is not of the form key=value"]),
         (["seed.x=1"], ["'seed' is a value, not a section"]),
@@ -150,6 +151,7 @@ def test_token_budget_counts_tokens() -> None:
         parse_config(without_steps, ["tokens=1729"])
     with pytest.raises(ConfigError, match=r"tokens=1728 is 12 updates of 144 tokens, but steps=15"):
         parse_config(TINY, ["tokens=1728", "steps=15"])
+    assert parse_config(without_steps, ["tokens=1.728e3"]).steps == 12
     with pytest.raises(ConfigError, match="tokens='1B'"):
         parse_config(without_steps, ["tokens=1B"])
 

@@ -24,7 +24,8 @@ from relora_ray.optim import build_adamw, prune_state_
 from relora_ray.parallel import World
 from relora_ray.reference import read_reference
 from relora_ray.runs import new_model
-from tests.tiny import run, tiny_config
+from relora_ray.schedule import lr_multiplier
+from tests.tiny import Crash, crash_at, run, tiny_config
 
 AS_PUBLISHED = {
     "kind": "relora", "lora_rank": 4, "alpha": 8, "merge_every_steps": 4, "compat": "reference",
@@ -35,7 +36,34 @@ SCHEDULE = {"kind": "jagged_cosine", "warmup_steps": 1, "restart_warmup_steps": 
 
 @pytest.fixture
 def as_published(data: Path, tmp_path: Path) -> RunConfig:
-    return tiny_config(data, tmp_path, method=AS_PUBLISHED, schedule=SCHEDULE)
+    return published_config(data, tmp_path)
+
+
+def published_config(data: Path, folder: Path, *overrides: str, **method: object) -> RunConfig:
+    return tiny_config(
+        data, folder, "optimizer.weight_decay=0", *overrides, method=AS_PUBLISHED | method, schedule=SCHEDULE
+    )
+
+
+def test_warm_start_is_a_run_of_its_own(data: Path, tmp_path: Path) -> None:
+    """Published, the second stage is a second start: a fresh optimizer, and a schedule over the updates left."""
+    cfg = published_config(data, tmp_path, "steps=15", warm_start_steps=3)
+    alone = published_config(data, tmp_path, "steps=12")
+    assert [lr_multiplier(s, cfg) for s in range(3, 15)] == [lr_multiplier(s, alone) for s in range(12)]
+    with pytest.raises(Crash):
+        run(cfg, crash_at(3, "boundary"))
+    state, records = run(cfg)
+    assert [r["step"] for r in records if r["kind"] == "boundary"] == [3, 8, 12]
+    assert {float(state.optimizer.state[p]["step"]) for p in state.model.parameters() if p.requires_grad} == {12.0}
+
+
+def test_reset_only_where_the_learning_rate_restarts(data: Path, tmp_path: Path) -> None:
+    cfg = published_config(data, tmp_path, "schedule.restart_every_steps=8", "steps=16")
+    _, records = run(cfg)
+    pruned = {r["step"]: r["state_pruned"] for r in records if r["kind"] == "boundary"}
+    assert pruned.keys() == {5, 9, 13}
+    assert pruned[9] > 0.99
+    assert pruned[13] < 0.99  # at 5 there is nothing yet: no adapter has had a gradient
 
 
 def test_no_adapter_learns_before_the_first_merge(as_published: RunConfig) -> None:
@@ -94,7 +122,9 @@ def test_settings_that_the_published_code_does_not_have_are_refused(
     data: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny_config(data, tmp_path, method=AS_PUBLISHED | changes, schedule=SCHEDULE)
+        published_config(data, tmp_path, **changes)
+    with pytest.raises(ConfigError, match=r"optimizer.weight_decay=0.01 with method.compat='reference'"):
+        published_config(data, tmp_path, "optimizer.weight_decay=0.01")
 
 
 class PublishedLinear(nn.Module):
@@ -138,10 +168,8 @@ def published_checkpoint(folder: Path, scaling: float | None = None) -> transfor
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_published_checkpoint_starts_a_run_with_its_function(data: Path, tmp_path: Path, scaling: float | None) -> None:
     live = published_checkpoint(tmp_path / "published", scaling)
-    cfg = tiny_config(
-        data, tmp_path, f"model.init_from={tmp_path / 'published'}", method=AS_PUBLISHED, schedule=SCHEDULE,
-        model={"huggingface": str(tmp_path / "published")},
-    )  # fmt: skip
+    folder = tmp_path / "published"
+    cfg = published_config(data, tmp_path, f"model={{huggingface: {folder}, init_from: {folder}}}")
     ids = torch.arange(8)[None]
     with torch.no_grad():
         expected = live(input_ids=ids).logits

@@ -60,6 +60,15 @@ def test_rank_grows_beyond_r_with_every_merge_and_is_at_most_k_times_r(data: Pat
     assert min(layer.rank for layer in run_spectrum(run_storage(full).url, from_step=4).layers) > 16
 
 
+@pytest.mark.parametrize(("frozen_weights", "most"), [("bf16_int8", 9), ("bf16", 9)])
+def test_rounding_of_the_weights_is_not_counted_as_rank(
+    frozen_weights: str, most: int, data: Path, tmp_path: Path
+) -> None:
+    cfg = tiny_config(data, tmp_path, method=RELORA | {"frozen_weights": frozen_weights})
+    run(cfg)
+    assert max(layer.rank for layer in run_spectrum(run_storage(cfg).url).layers) <= most
+
+
 def test_page_plot_and_numbers_are_written(cfg: RunConfig, tmp_path: Path) -> None:
     run(cfg)
     spectra = run_spectrum(run_storage(cfg).url)

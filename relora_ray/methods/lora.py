@@ -20,6 +20,9 @@ from relora_ray.optim import take_over_state_
 class Lora(Method):
     """Its one boundary, if there is a warm start, is the switch at its end."""
 
+    keeps_moments = True
+    """Whether what stays trained keeps its optimizer state when the warm start ends."""
+
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
         assert isinstance(cfg.method, LoraConfig)
@@ -41,7 +44,8 @@ class Lora(Method):
         assert step == self.lora.warm_start_steps, step
         self.adapt(model, step)
         switched = self.build_optimizer(model)
-        take_over_state_(switched, optimizer)
+        if self.keeps_moments:
+            take_over_state_(switched, optimizer)
         return BoundaryReport(step, "switch", len(low_rank_layers(model)), 1.0, switched, new_parameters=True)
 
     def dense_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:

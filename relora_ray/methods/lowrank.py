@@ -6,7 +6,8 @@ gradient from the first step. The published ReLoRA code zeroes A too when it wra
 gradient until the first merge.
 
 Without dropout the layer multiplies by the one matrix W + scale * B A, added up in fp32 and then rounded to the dtype
-of the computation. A merge adds up the same matrix, so with W in fp32 it leaves the function the same bit for bit.
+of the computation. A merge adds up the same matrix, so with W in fp32 it leaves the function the same bit for bit
+(unless TF32 products were turned on: merges never use them).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def _take_weight(self, weight: torch.Tensor, cfg: LoraConfig) -> None:
         weight.requires_grad_(False)
+        weight.grad = None  # a view of DDP's buckets, which would stay alive with it
         if cfg.frozen_weights == "fp32":
             return
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
@@ -85,25 +87,25 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
         """W + scale * B @ A in fp32 and in `weight`'s layout: a new tensor."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with _no_autocast(self.weight):
             return _merged(*self._parts())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if self.training and self.dropout > 0:
-            return self._factored(x, dtype)
-        with torch.autocast(kind, enabled=False):
-            y: torch.Tensor = _MergedLinear.apply(x.to(dtype), *self._parts())
-            return y if self.bias is None else y + self.bias.to(dtype)
+        x = x.to(_compute_dtype(x))
+        with _no_autocast(x):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            if self.training and self.dropout > 0:
+                return self._factored(x, bias)
+            y: torch.Tensor = _MergedLinear.apply(x, bias, *self._parts())
+            return y
 
-    def _factored(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _factored(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Dropout on the adapters' input: there is no one matrix then."""
-        base = F.linear(x, _out_in(self.frozen(), self.transposed).to(dtype), self.bias)
-        h = F.linear(F.dropout(x, self.dropout, training=True), self.lora_A)
-        scale = self.scale if self.lora_gain is None else self.scale * self.lora_gain
-        return base + F.linear(h * scale, self.lora_B)  # scaled at r columns, not at out
+        base = F.linear(x, _out_in(self.frozen(), self.transposed).to(x.dtype), bias)
+        h = F.linear(F.dropout(x, self.dropout, training=True), self.lora_A.to(x.dtype))
+        scale = self.scale if self.lora_gain is None else self.scale * self.lora_gain.to(x.dtype)
+        return base + F.linear(h * scale, self.lora_B.to(x.dtype))  # scaled at r columns, not at out
 
     def _parts(self) -> tuple[Any, ...]:
         return self.weight, self.residual, self.lora_A, self.lora_B, self.lora_gain, self.scale, self.transposed
@@ -128,33 +130,36 @@ class LowRankLinear(nn.Module):
 
 
 class _MergedLinear(torch.autograd.Function):
-    """x M^T for M = W + s B A, with gradients for x, A, B and the gain in s; of what depends on x it saves x alone.
+    """x M^T + bias for M = W + s B A, with gradients for x, bias, A, B and the gain in s; of what depends on x it saves
+    x alone.
 
-    M is built where it is used, in forward and again in backward: a share of r / rows of the layer's own work, and no
-    second copy of W is held. The gradient of M, (out, in), is never formed: dA = s (dy B)^T x, dB = s dy^T (x A^T).
+    M is built where it is used, in forward and again in backward: r / rows of the layer's own products, and no second
+    copy of W is held. The gradient of M, (out, in), is never formed: dA = s (dy B)^T x, dB = s dy^T (x A^T).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *parts: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
         *tensors, ctx.scale, ctx.transposed = parts
         ctx.save_for_backward(x, *tensors)
-        return F.linear(x, _out_in(_merged(*parts), ctx.transposed).to(x.dtype))
+        return F.linear(x, _out_in(_merged(*parts), ctx.transposed).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, *tensors = ctx.saved_tensors
         parts: Any = (*tensors, ctx.scale, ctx.transposed)
         _, _, a, b, gain = tensors
-        dy = grads[0].to(x.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ _out_in(_merged(*parts), ctx.transposed).to(x.dtype)
-        rows_x, rows_dy = x.flatten(0, -2), dy.flatten(0, -2)
-        h, g = rows_x @ a.to(x.dtype).T, rows_dy @ b.to(x.dtype)  # (rows, r) each
-        scale = ctx.scale if gain is None else ctx.scale * gain
-        da, db = (g.T @ rows_x).float() * scale, (rows_dy.T @ h).float() * scale
-        dgain = None if gain is None else (g.float() * h.float()).sum() * ctx.scale
-        return dx, None, None, da, db, dgain, None, None
+        with _no_autocast(x):  # backward may be called inside autocast, too
+            dy = grads[0].to(x.dtype)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = dy @ _out_in(_merged(*parts), ctx.transposed).to(x.dtype)
+            rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            h, g = rows_x @ a.to(x.dtype).T, rows_dy @ b.to(x.dtype)  # (rows, r) each
+            scale = ctx.scale if gain is None else ctx.scale * gain
+            da, db = (g.T @ rows_x).float() * scale, (rows_dy.T @ h).float() * scale
+            dgain = None if gain is None else (g.float() * h.float()).sum() * ctx.scale
+            dbias = rows_dy.sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dbias, None, None, da, db, dgain, None, None
 
 
 def _frozen(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -183,14 +188,30 @@ def _out_in(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 def split_bf16_int8(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 as the nearest bf16 and an int8 with the next eight bits of the mantissa: within 2**-16 of the value."""
-    bits = (value.float().contiguous().view(torch.int32) + 0x80) >> 8  # to 24 bits; carries move the exponent
+    value = value.float().contiguous()
+    bits = (value.view(torch.int32) + 0x80) >> 8  # to 24 bits; carries move the exponent
     high = (bits + 0x80) >> 8
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 8)).to(torch.int8)
+    low = bits - (high << 8)
+    finite = value.isfinite()  # a carry out of nan's exponent would make a zero of it
+    rounded = torch.where(finite, high.to(torch.int16).view(torch.bfloat16), value.bfloat16())
+    return rounded, torch.where(finite, low, 0).to(torch.int8)
 
 
 def join_bf16_int8(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The fp32 value that `split_bf16_int8` stored."""
     return (((high.contiguous().view(torch.int16).int() << 8) + low) << 8).view(torch.float32)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from relora_ray.config import ReloraConfig, RunConfig
+from relora_ray.config import ReloraConfig, ResetConfig, RunConfig
 from relora_ray.methods.base import BoundaryReport
 from relora_ray.methods.lora import Lora
 from relora_ray.methods.lowrank import adapter_parameters, merge_all_, redraw_all_
@@ -28,6 +28,7 @@ class Relora(Lora):
         assert isinstance(cfg.method, ReloraConfig)
         self.relora: ReloraConfig = cfg.method
         self.as_published = cfg.method.compat == "reference"
+        self.keeps_moments = not self.as_published
 
     def adapt(self, model: nn.Module, step: int) -> None:
         super().adapt(model, step)
@@ -51,9 +52,16 @@ class Relora(Lora):
         pruned = prune_state_(
             optimizer,
             adapter_parameters(model),
-            self.relora.reset,
+            self._reset(step),
             seed=self.cfg.seed,
             boundary=step,
             as_published=self.as_published,
         )
         return BoundaryReport(step, "merge", num_layers, pruned, optimizer, new_parameters=False)
+
+    def _reset(self, step: int) -> ResetConfig:
+        """Every merge resets; in the published code only one after which the learning rate restarts."""
+        every = self.cfg.restart_every_steps
+        if self.as_published and every and (step - 1 - self.relora.warm_start_steps) % every:
+            return ResetConfig(kind="none")
+        return self.relora.reset

@@ -234,6 +234,9 @@ def test_int8_residual_keeps_24_bits() -> None:
     restored = join_bf16_int8(high, low)
     assert ((restored - values).abs() <= values.abs() * 2**-16).all()
     assert ((high.float() - values).abs() <= values.abs() * 2**-8).all(), "alone it is the nearest bf16"
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7F800000, -(2**23)], dtype=torch.int32).view(torch.float32)
+    assert odd[:3].isnan().all()
+    torch.testing.assert_close(join_bf16_int8(*split_bf16_int8(odd)), odd, equal_nan=True)  # nan must stay nan
     again = split_bf16_int8(restored)
     assert torch.equal(again[0].view(torch.int16), high.view(torch.int16))
     assert torch.equal(again[1], low)
@@ -261,6 +264,29 @@ def test_merge_under_bf16_applies_the_exact_change(frozen_weights: str, bound: f
             assert error > (0.01 if rms == 1e-3 else 0.1), f"rms {rms}: {error:.2e}"
         else:
             assert error < bound, f"rms {rms}: {error:.2e}"
+
+
+def test_frozen_weights_hold_no_gradient() -> None:
+    """It would be a view of the buckets that DDP had while all weights were trained."""
+    model = build("llama", False)
+    ids = torch.randint(0, 64, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    wrap_(model, lora())
+    assert all(layer.weight.grad is None for layer in low_rank_layers(model).values())
+
+
+def test_backward_inside_autocast_is_the_same() -> None:
+    layer = LowRankLinear(nn.Linear(16, 8), lora())
+    layer.redraw_(1)
+    nn.init.normal_(layer.lora_B)
+    gradients = []
+    for inside in (False, True):
+        x = torch.ones(3, 16, requires_grad=True)
+        loss = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_name_that_matches_nothing_is_an_error() -> None:
