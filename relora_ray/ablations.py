@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, model_validator
 
 from relora_ray import __version__
-from relora_ray.config import RunConfig, Section
+from relora_ray.config import RunConfig, Section, flatten
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ConfigError, NonFiniteError, ReloraError
 from relora_ray.plots import pyplot
@@ -63,13 +63,24 @@ class Table(Section):
     """Learning rate of warm starts, the same for every row and grid point."""
     rows: tuple[Row, ...] = Field(min_length=1)
 
-    @field_validator("rows")
-    @classmethod
-    def _check_rows(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-        names = [row.name for row in rows]
-        if len(set(names)) < len(names):
-            raise ValueError("two rows have the same name")
-        return rows
+    @model_validator(mode="after")
+    def _check(self) -> Table:
+        grids = [self.grid, *(row.grid for row in self.rows if row.grid is not None)]
+        lists: list[tuple[str, list[Any]]] = [
+            ("two rows have the name", [row.name for row in self.rows]),
+            ("seeds has twice", list(self.seeds)),
+            *((f"grid has twice for {key}", list(grid[key])) for grid in grids for key in grid),
+        ]
+        for what, values in lists:
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{what} {twice[0]}: every run counts once")
+        return self
+
+    @property
+    def decided(self) -> set[str]:
+        """Keys that the table sets itself, which an override would make equal in runs that must differ."""
+        grids = [self.grid, *(row.grid for row in self.rows if row.grid is not None)]
+        return {"name", "seed", *(key for grid in grids for key in grid)}
 
     def points(self, row: Row) -> list[Point]:
         grid = self.grid if row.grid is None else row.grid
@@ -123,9 +134,15 @@ class Results:
         beside.replace(self._path)
 
 
+# What a result does not depend on; all else, how it is evaluated and rounded included, makes another run.
+_ELSEWHERE = ("name", "storage", "data.path", "checkpoint.", "cluster.", "train.log_every_steps")
+
+
 def identity(cfg: RunConfig) -> str:
-    """Digest of the settings that decide a run's result, its data's fingerprint among them."""
-    return sha256(json.dumps(cfg.identity(), sort_keys=True).encode()).hexdigest()[:16]
+    """Digest of the settings that decide a run's record, its data's fingerprint among them."""
+    settings = flatten(cfg.model_dump(mode="json"))
+    decisive = {k: v for k, v in settings.items() if not k.startswith(_ELSEWHERE)}
+    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_one(cfg: RunConfig) -> Record:
@@ -144,6 +161,7 @@ def run_one(cfg: RunConfig) -> Record:
     storage = run_storage(cfg)
     evals = {r["step"]: r["loss"] for r in metrics.read(storage, "eval")}
     steps = metrics.read(storage, "train")
+    structures = metrics.read_all(storage, "attempt")[:1] + metrics.read_all(storage, "boundary")
     return {
         "name": cfg.name,
         "identity": identity(cfg),
@@ -153,10 +171,8 @@ def run_one(cfg: RunConfig) -> Record:
         "diverged": diverged,
         "evals": evals,
         "tokens": steps[-1]["tokens"],
-        "num_trainable": metrics.read_all(storage, "boundary")[-1]["num_trainable"]
-        if cfg.warm_start_steps
-        else metrics.read_all(storage, "attempt")[-1]["num_trainable"],
-        "num_parameters": metrics.read_all(storage, "attempt")[0]["num_parameters"],
+        "num_trainable": structures[-1]["num_trainable"],
+        "num_parameters": structures[0]["num_parameters"],
         "train_s": round(sum(s["step_s"] for s in steps)),
         "machine": machine(),
         "version": version(),
@@ -168,6 +184,9 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
     from relora_ray.runs import open_data
 
     pyplot()
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in table.decided:
+            raise ConfigError(f"{key} is decided by the table, run by run, and cannot be overridden. Change the table.")
     first, *others = table.seeds
     one = table.config(table.rows[0], table.points(table.rows[0])[0], first, overrides)
     overrides = [*overrides, f"data.fingerprint={open_data(one).fingerprint}"]
@@ -182,8 +201,11 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
         running: dict[Future[Record], Row] = {}
         waiting = {row.name: row for row in table.rows}
 
+        submitted: set[str] = set()
+
         def submit(row: Row, cfg: RunConfig) -> None:
-            if results.get(cfg) is None:
+            if results.get(cfg) is None and identity(cfg) not in submitted:  # two rows may share a run
+                submitted.add(identity(cfg))
                 running[pool.submit(run_one, cfg)] = row
 
         for row in table.rows:
@@ -261,13 +283,16 @@ def _page(table: Table, rows: list[RowResults]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for found in rows:
         yield _row(found)
-    yield f"\nLoss in nats per token, mean and standard deviation over seeds {', '.join(map(str, table.seeds))}."
+    yield (
+        f"\nLoss in nats per token, mean and standard deviation over seeds {', '.join(map(str, table.seeds))}. "
+        f"The first of them also chose the grid point, which favours rows with larger grids a little."
+    )
     yield f"\n## The grid, seed {table.seeds[0]}\n"
     yield "| | held-out loss at each point |"
     yield "|---|---|"
     for found in rows:
         points = (f"{_point(point)}: {_loss(record)}" for point, record in found.grid)
-        yield f"| {found.row.label} | {'; '.join(points)} |"
+        yield f"| {found.row.label} | {'; '.join(points)}{_at_edge(found)} |"
     yield "\n![held-out loss over the run](curves.png)\n"
     runs = {r["identity"]: r for f in rows for r in (*(r for _, r in f.grid if r is not None), *f.seeds)}
     for what, of in (("Machine", "machine"), ("Version", "version"), ("Data", "data_fingerprint")):
@@ -276,7 +301,19 @@ def _page(table: Table, rows: list[RowResults]) -> Iterator[str]:
     tokens = ", ".join(f"{n:,}" for n in sorted({r["tokens"] for r in runs.values() if has_loss(r)}))
     yield f"{len(runs)} runs of {tokens or 'no'} tokens, {hours:.1f} hours of one thread\n"
     yield "## Settings\n"
-    yield f"```yaml\n{yaml.safe_dump(table.base, sort_keys=False, default_flow_style=None)}```"
+    rows_ = {f.row.name: f.row.set for f in rows if f.row.set}
+    settings = table.base | {"warm starts": {"optimizer.learning_rate": table.warm_start_learning_rate}, "rows": rows_}
+    yield f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)}```"
+
+
+def _at_edge(found: RowResults) -> str:
+    """A note where the best point has the smallest or largest value of three or more: a better one may lie beyond."""
+    edges = []
+    for key, value in (found.best or {}).items():
+        values = sorted({point[key] for point, _ in found.grid})
+        if len(values) > 2 and value in (values[0], values[-1]):
+            edges.append(key)
+    return f"; best at the edge of {', '.join(edges)}" if edges else ""
 
 
 def _row(found: RowResults) -> str:
@@ -285,6 +322,8 @@ def _row(found: RowResults) -> str:
         return f"| {found.row.label} | | | {state} | | |"
     losses, one = found.losses, found.seeds[0]
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    if len(losses) < len(found.seeds):
+        spread += f" ({len(found.seeds) - len(losses)} of {len(found.seeds)} diverged)"
     mean = statistics.fmean(losses)
     return (
         f"| {found.row.label} | {one['num_trainable']:,} of {one['num_parameters']:,} | {_point(found.best)} "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from relora_ray.ablations import Results, collect, load_table, run_table, write_up
+from relora_ray.ablations import Results, collect, identity, load_table, run_table, write_up
 from relora_ray.errors import ConfigError
 from tests.conftest import ROOT
 from tests.tiny import TINY
@@ -23,7 +23,8 @@ TINY_TABLE = {
     "rows": [
         {"name": "full", "label": "Full training"},
         {"name": "broken", "label": "Broken", "grid": {"optimizer.learning_rate": [1e30]},
-         "set": {"optimizer.grad_clip": 0, "train.max_nonfinite_steps": 0}},
+         "set": {"optimizer.grad_clip": 0, "train.max_nonfinite_steps": 0, "schedule.warmup_steps": 0,
+                 "method": {"kind": "lora", "lora_rank": 4, "warm_start_steps": 9}}},
         {"name": "relora", "label": "ReLoRA", "grid": {"optimizer.learning_rate": [1e-2], "method.alpha": [8, 16]},
          "set": {"method": {"kind": "relora", "lora_rank": 4, "warm_start_steps": 3, "merge_every_steps": 3}}},
     ],
@@ -75,6 +76,18 @@ def test_warm_start_has_one_learning_rate_at_every_grid_point(table: Path) -> No
         assert cfg.optimizer.learning_rate * cfg.method.warm_start_lr_ratio == pytest.approx(5e-3)
 
 
+def test_records_are_kept_apart_by_all_that_decides_them(table: Path) -> None:
+    loaded = load_table(str(table))
+    cfg = loaded.config(loaded.rows[0], {"optimizer.learning_rate": 1e-2}, 1, [])
+
+    def changed(*overrides: str) -> str:
+        return identity(loaded.config(loaded.rows[0], {"optimizer.learning_rate": 1e-2}, 1, list(overrides)))
+
+    decisive = ["model.init_from=x", "train.eval_rows=8", "train.micro_batch_rows=1", "train.skip_steps=[3]"]
+    assert len({identity(cfg), *(changed(override) for override in decisive)}) == 5
+    assert changed("storage=elsewhere", "checkpoint.save_every_steps=3", "train.log_every_steps=7") == identity(cfg)
+
+
 def test_nothing_is_trained_when_one_row_is_wrong(table: Path, data: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load(table.read_text())
     raw["rows"][2]["set"]["method"]["merge_every_steps"] = 5
@@ -82,6 +95,17 @@ def test_nothing_is_trained_when_one_row_is_wrong(table: Path, data: Path, tmp_p
     with pytest.raises(ConfigError, match=r"method\.merge_every_steps=5 does not divide"):
         run_table(load_table(str(table)), tmp_path / "out", [f"data.path={data}"], jobs=1)
     assert not (tmp_path / "out").exists()
+    for key in ("seed", "optimizer.learning_rate"):
+        with pytest.raises(ConfigError, match=f"{key} is decided by the table"):
+            run_table(load_table(str(table)), tmp_path / "out", [f"data.path={data}", f"{key}=1"], jobs=1)
+    for change, message in (
+        ({"seeds": [1, 1]}, "seeds has twice 1"),
+        ({"rows": raw["rows"] + raw["rows"][:1]}, "two rows have the name full"),
+        ({"grid": {"method.alpha": [8, 8]}}, "grid has twice for method.alpha 8"),
+    ):
+        table.write_text(yaml.safe_dump(raw | change))
+        with pytest.raises(ConfigError, match=message):
+            load_table(str(table))
     raw["rowz"] = 1
     table.write_text(yaml.safe_dump(raw))
     with pytest.raises(ConfigError, match="rowz"):
