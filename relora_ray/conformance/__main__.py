@@ -16,7 +16,7 @@ from relora_ray.conformance.implementation import Implementation
 from relora_ray.conformance.ours import Ours
 from relora_ray.conformance.suite import CHECKS, Result, markdown, run_suite
 from relora_ray.data.prepare import Request, prepare
-from relora_ray.errors import ReloraError
+from relora_ray.errors import ConfigError, ReloraError
 
 # Bits depend on the number of threads, and two processes share a small machine.
 THREADS = "1"
@@ -47,7 +47,10 @@ def load(name: str, configs: Path) -> Implementation:
     if not name:
         return Ours(configs)
     module, _, attribute = name.partition(":")
-    loaded: Implementation = getattr(importlib.import_module(module), attribute)()
+    try:
+        loaded: Implementation = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--implementation {name}: {error}. Give MODULE:CLASS, importable from here.") from error
     return loaded
 
 

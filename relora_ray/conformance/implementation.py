@@ -18,11 +18,12 @@ class NotOffered(Exception):
 
 @dataclass(frozen=True)
 class LayerView:
-    """The live tensors of one wrapped layer: y = x W^T + scale * (x A^T) B^T."""
+    """The adapters of one wrapped layer: y = x W^T + scale * (x A^T) B^T. The parameters themselves, not copies or
+    views: the suite writes to them, and reads their `.grad` and their entry in the optimizer's state."""
 
-    a: torch.Tensor
+    a: nn.Parameter
     """(r, in)."""
-    b: torch.Tensor
+    b: nn.Parameter
     """(out, r)."""
     scale: float
 
@@ -32,7 +33,8 @@ class Spec:
     """A small run of ReLoRA: a LLaMA of 2 blocks of width 32, rank 4, scale 2, a checkpoint after every two updates."""
 
     folder: str
-    """Where all that the run stores goes. Training with a folder that holds checkpoints resumes."""
+    """Where all that the run stores goes. Training with a folder that holds checkpoints resumes; one that was copied
+    elsewhere as a whole resumes too."""
     data: str
     """A dataset written by relora_ray.data.prepare; at most 2,048 token ids."""
     steps: int = 12
@@ -47,7 +49,7 @@ class Spec:
     skipped: frozenset[int] = frozenset()
     """Updates whose rows the user asks to pass over."""
     crash: tuple[Phase, int] | None = None
-    """Die at once after this phase of the step with so many finished updates."""
+    """Give up at once after this phase of the step with so many finished updates, as a process that dies."""
 
 
 @dataclass
@@ -63,10 +65,13 @@ class Trace:
     losses: dict[int, float] = field(default_factory=dict)
     """By update: mean loss over the global batch."""
     boundaries: dict[int, str] = field(default_factory=dict)
-    """By number of finished updates: a digest of all weights after the boundary."""
+    """By number of finished updates: a digest of all weights after the boundary. Merges after 6 and 9 updates, after
+    12 too unless the last cycle stays unmerged, and after 3 the end of the warm start if it counts as one."""
+    function_change: dict[int, float] = field(default_factory=dict)
+    """By boundary: largest change of the logits for token ids 0 to 7, relative to the largest logit."""
     crashed: bool = False
     final: str = ""
-    """Digest of all weights and all optimizer state at the end."""
+    """Digest of all weights and all optimizer state at the end, gathered where they are sharded: equal on all ranks."""
     probe: torch.Tensor | None = None
     """Logits at the end for token ids 0 to 7, shape (8, vocabulary)."""
 
@@ -83,11 +88,11 @@ class Implementation:
         raise NotOffered
 
     def layers(self, model: nn.Module) -> dict[str, LayerView]:
-        """Live views of all wrapped layers, by name."""
+        """All wrapped layers, by name."""
         raise NotOffered
 
     def merge(self, model: nn.Module, *, seed: int, boundary: int) -> None:
-        """Merge and re-initialise every adapter."""
+        """Merge every adapter, draw A from (seed, boundary, name) and zero B."""
         raise NotOffered
 
     def dense(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,7 +106,10 @@ class Implementation:
     def reset(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, kind: str, ratio: float, seed: int, boundary: int
     ) -> None:
-        """Prune the adapters' state: zero, magnitude, random (a share `ratio`), none."""
+        """Prune the adapters' m and v with one mask, tensor by tensor, and start their `step` again at 0.
+
+        zero: all entries. magnitude: the share `ratio` of smallest |m|. random: a random share `ratio`, drawn from
+        (seed, boundary, name). none: nothing, `step` included."""
         raise NotOffered
 
     def jagged_cosine(

@@ -218,17 +218,46 @@ def _steps(optimizer: torch.optim.Optimizer, generator: torch.Generator, scale: 
         optimizer.step()
 
 
-def redraw_keyed(implementation: Implementation) -> Outcome:
-    """Two processes have different random states at a merge: every rank draws dropout of its own, say."""
-    drawn = []
-    for state in (11, 99):
-        model = implementation.wrap(small_llama(), rank=RANK, alpha=ALPHA, seed=SEED)
+def draws_keyed(implementation: Implementation) -> Outcome:
+    """Two processes have different random states at a merge: every rank draws dropout of its own, say. And a draw
+    that is the same at every boundary, or for every layer, is no draw."""
+
+    def drawn(boundary: int, state: int) -> list[list[torch.Tensor]]:
+        """A before and after a merge, and the survivors of a random reset."""
+        model, optimizer = _trained(implementation)
+        layers = implementation.layers(model).values()
+        before = [layer.a.detach().clone() for layer in layers]
         torch.manual_seed(state)
-        implementation.merge(model, seed=SEED, boundary=7)
-        drawn.append([layer.a.detach().clone() for layer in implementation.layers(model).values()])
-    differing = sum(not torch.equal(one, two) for one, two in zip(*drawn, strict=True))
-    alike = sum(torch.equal(drawn[0][0], other) for other in drawn[0][1:])
-    return f"{differing}" + (f", {alike} layers drawn alike" if alike else ""), not differing and not alike
+        implementation.merge(model, seed=SEED, boundary=boundary)
+        after = [layer.a.detach().clone() for layer in layers]
+        implementation.reset(model, optimizer, kind="random", ratio=0.5, seed=SEED, boundary=boundary)
+        return [before, after, [optimizer.state[layer.a]["exp_avg"] != 0 for layer in layers]]
+
+    first, other_state, other_boundary = drawn(7, 11), drawn(7, 99), drawn(8, 11)
+    wrong = {
+        "A and the random state": _unequal(first[1], other_state[1]),
+        "masks and the random state": _unequal(first[2], other_state[2]),
+        "A as before the merge": 14 - _unequal(first[0], first[1]),
+        "A as at another boundary": 14 - _unequal(first[1], other_boundary[1]),
+        "masks as at another boundary": 14 - _unequal(first[2], other_boundary[2]),
+        "A as in the first layer": sum(torch.equal(first[1][0], other) for other in first[1][1:]),
+    }
+    return "; ".join(f"{what}: {n}" for what, n in wrong.items() if n) or "0", not any(wrong.values())
+
+
+def _unequal(ones: list[torch.Tensor], others: list[torch.Tensor]) -> int:
+    return sum(not torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def dense_function(implementation: Implementation) -> Outcome:
+    """In the middle of a cycle: right after a merge an export that drops the adapters is right by luck."""
+    model = implementation.wrap(small_llama(), rank=RANK, alpha=ALPHA, seed=SEED)
+    _shake_(implementation, model)
+    plain = small_llama()
+    keys = plain.load_state_dict(implementation.dense(model), strict=False)
+    wrong = len(keys.missing_keys) + len(keys.unexpected_keys)
+    change = _relative(logits(plain), logits(model))
+    return f"{wrong}; {change:.1e}", wrong == 0 and change <= 1e-5
 
 
 def published_jagged_cosine(step: int, total: int, warmup: int, every: int, rewarm: int, floor: float) -> float:

@@ -94,7 +94,7 @@ class Ours(Implementation):
             if spec.crash is not None and (PHASES.get(kind), step) == spec.crash:
                 raise Crash(f"{kind} {step}")
 
-        with _recorded_rows(trace), _poisoned(spec):
+        with _recorded_rows(trace), _recorded_changes(trace), _poisoned(spec):
             try:
                 state = loop.run_attempt(
                     claim(cfg) if World.current().size == 1 else cfg, World.current(), on_record=on_record
@@ -104,8 +104,7 @@ class Ours(Implementation):
                 return trace
         moments = [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
         trace.final = str(digest([*state.model.state_dict().values(), *moments]))
-        with torch.no_grad():
-            trace.probe = state.model.eval()(input_ids=torch.arange(8)[None]).logits[0]
+        trace.probe = _probe(state.model)
         return trace
 
     def export(self, spec: Spec) -> str:
@@ -192,6 +191,30 @@ def _recorded_rows(trace: Trace) -> Iterator[None]:
         return data
 
     with patch.object(loop, "open_batches", open_batches):
+        yield
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> torch.Tensor:
+    """Logits for token ids 0 to 7, (8, vocabulary)."""
+    was_training = model.training
+    logits: torch.Tensor = model.eval()(input_ids=torch.arange(8)[None]).logits[0]
+    model.train(was_training)
+    return logits
+
+
+@contextlib.contextmanager
+def _recorded_changes(trace: Trace) -> Iterator[None]:
+    """Note how much every boundary changes the function."""
+    original = loop._cross_boundary
+
+    def cross(world: World, method: Any, state: loop.TrainState, done: int) -> Any:
+        before = _probe(state.model)
+        result = original(world, method, state, done)
+        trace.function_change[done] = float((_probe(state.model) - before).abs().max() / before.abs().max())
+        return result
+
+    with patch.object(loop, "_cross_boundary", cross):
         yield
 
 

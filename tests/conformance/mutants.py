@@ -8,8 +8,10 @@ processes of several ranks too.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +28,7 @@ from relora_ray.methods import relora
 from relora_ray.methods.lowrank import adapter_parameters, low_rank_layers, redraw_all_, wrap_
 from relora_ray.methods.relora import Relora
 from relora_ray.optim import MOMENTS, prune_state_
+from relora_ray.parallel import World
 
 
 class ZeroesAAtWrap(Ours):
@@ -47,7 +50,7 @@ class MasksApart(Ours):
         for _, parameter in adapter_parameters(model):
             state = optimizer.state[parameter]
             for number, moment in enumerate(MOMENTS):
-                generator = torch.Generator().manual_seed(number)
+                generator = torch.Generator().manual_seed(10 * settings["boundary"] + number)
                 score = torch.rand(state[moment].shape, generator=generator)
                 if settings["kind"] == "magnitude":
                     score = state[moment].abs()
@@ -159,7 +162,13 @@ class DrawsFromGlobalState(Ours):
         _redraw_from_global_state(model)
 
     def train(self, spec: Spec) -> Trace:
-        with patch.object(relora, "redraw_all_", _redraw_from_global_state):
+        def unchecked(self: World, value: int, what: str) -> None:
+            """Ours would notice and stop: the suite must notice by itself."""
+
+        with (
+            patch.object(relora, "redraw_all_", _redraw_from_global_state),
+            patch.object(World, "assert_same", unchecked),
+        ):
             return super().train(spec)
 
 
@@ -257,6 +266,72 @@ class CountsRowsAsTokens(Ours):
             return spec
         steps = spec.tokens // spec.global_batch_rows // 3 * 3
         return dataclasses.replace(spec, tokens=None, steps=steps)
+
+
+class NeverRedrawsA(Ours):
+    """A merge zeroes B and leaves A as it is."""
+
+    def merge(self, model: nn.Module, *, seed: int, boundary: int) -> None:
+        kept = [layer.lora_A.detach().clone() for layer in low_rank_layers(model).values()]
+        super().merge(model, seed=seed, boundary=boundary)
+        for layer, a in zip(low_rank_layers(model).values(), kept, strict=True):
+            layer.lora_A.data.copy_(a)
+
+
+class DrawsTheSameAEveryTime(Ours):
+    """The draw is keyed, but not by the boundary."""
+
+    def merge(self, model: nn.Module, *, seed: int, boundary: int) -> None:
+        super().merge(model, seed=seed, boundary=0)
+
+
+class MasksFromGlobalState(Ours):
+    """A random reset draws its mask from each rank's own random state (training_utils.py:random_pruning_)."""
+
+    def reset(self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+        settings["seed"] = int(torch.randint(2**31, ())) if settings["kind"] == "random" else settings["seed"]
+        super().reset(model, optimizer, **settings)
+
+
+class DropsAdapters(Ours):
+    """The dense weights are W alone."""
+
+    def dense(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        kept = {n: t for n, t in model.state_dict().items() if ".lora_" not in n}
+        return {n: t.detach().clone() for n, t in kept.items()}
+
+
+class UpdatesWithNan(Ours):
+    """An update whose gradients are NaN is made."""
+
+    def train(self, spec: Spec) -> Trace:
+        careless = SimpleNamespace(**{**vars(math), "isfinite": lambda value: True})
+        with patch.object(loop, "math", careless):
+            return super().train(spec)
+
+
+class NeverResumes(Ours):
+    """Starts again at update 0."""
+
+    def train(self, spec: Spec) -> Trace:
+        shutil.rmtree(spec.folder)
+        self.prepare(spec)
+        return super().train(spec)
+
+
+class ForgetsToMerge(Ours):
+    """A merge in a run redraws the adapters and adds nothing to W."""
+
+    def train(self, spec: Spec) -> Trace:
+        with patch.object(relora, "merge_all_", lambda model: len(low_rank_layers(model))):
+            return super().train(spec)
+
+
+class SaysNothing(Ours):
+    """A train that does nothing passes nothing."""
+
+    def train(self, spec: Spec) -> Trace:
+        return Trace(crashed=spec.crash is not None)
 
 
 class ShipsABrokenConfig(Ours):
