@@ -66,12 +66,14 @@ def test_first_step_moves_every_layer(cfg: RunConfig) -> None:
             assert any(p.grad is not None and bool(p.grad.any()) for p in own), name
 
 
-def test_interrupted_equals_uninterrupted_bitwise_at_every_step(cfg: RunConfig, tmp_path: Path) -> None:
+def test_interrupted_equals_uninterrupted_bitwise_at_every_step(cfg: RunConfig, request: pytest.FixtureRequest) -> None:
     whole, records = run(cfg.model_copy(update={"name": "whole"}))
     expected, final = losses(records), state_digest(whole)
     boundaries = {r["step"]: r["digest"] for r in records if r["kind"] == "boundary"}
     phases = ["train", "checkpoint"] if cfg.method.kind == "full" else ["train", "boundary", "checkpoint"]
-    for step in range(1, 13):
+    # Every step for the three that differ in structure; around boundaries for those that differ in numbers.
+    thorough = request.node.callspec.params["cfg"] in ("full", "lora-warm", "relora-warm")
+    for step in range(1, 13) if thorough else (3, 5, 6, 7, 12):
         for phase in phases:
             if not any(r["kind"] == phase and r["step"] == step for r in records):
                 continue
