@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -117,7 +117,7 @@ def write(runs: list[RunSpectrum], out: Path) -> None:
         for r in runs
     ]
     (out / "spectrum.json").write_text(json.dumps(records) + "\n")
-    (out / "README.md").write_text("\n".join(table(runs)) + "\n")
+    (out / "README.md").write_text("\n".join([*table(runs), "", "![singular values](spectrum.png)"]) + "\n")
     _plot(runs, out / "spectrum.png")
 
 
@@ -154,16 +154,17 @@ def _by_kind(run: RunSpectrum) -> dict[str, list[Spectrum]]:
 
 
 def _plot(runs: list[RunSpectrum], path: Path) -> None:
-    """Singular values by index, mean over the blocks, one panel per kind of layer."""
+    """Singular values above rounding by index, mean over the blocks, one panel per kind of layer."""
     plt = pyplot()
     kinds = list(_by_kind(runs[0]))
     rows = -(-len(kinds) // 4)
     figure, panels = plt.subplots(rows, min(4, len(kinds)), figsize=(14, 3.2 * rows + 0.6), squeeze=False)
     for panel, kind in zip(panels.flat, kinds, strict=False):
         for run in runs:
-            stacked = torch.tensor([layer.singular_values for layer in _by_kind(run)[kind]])
-            mean = stacked.mean(0)
-            panel.semilogy(range(1, len(mean) + 1), mean.clamp(min=1e-7), label=f"{run.name} ({run.kind})")
+            layers = _by_kind(run)[kind]
+            rank = max(1, *(layer.rank for layer in layers))  # beyond it there is rounding only
+            means = torch.tensor([layer.singular_values[:rank] for layer in layers]).mean(0)
+            panel.loglog(range(1, rank + 1), means, marker="." if rank < 20 else "", label=run.name)
         panel.set_title(kind)
         panel.set_xlabel("index")
         panel.grid(alpha=0.3)
@@ -171,8 +172,8 @@ def _plot(runs: list[RunSpectrum], path: Path) -> None:
         panel.axis("off")
     panels[0][0].set_ylabel("singular value of W_t - W_0")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower right", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=len(runs), fontsize=10)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
@@ -184,11 +185,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or URL")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--from", dest="from_step", type=int, help="checkpoint to start from: one step for all runs")
+    parser.add_argument("--labels", nargs="+", help="what to call the runs; default: their names")
     parser.add_argument("--step", type=int, help="checkpoint to end at; default: each run's newest")
     args = parser.parse_args()
     try:
         pyplot()
+        if args.labels and len(args.labels) != len(args.runs):
+            raise ConfigError(f"--labels has {len(args.labels)} names for {len(args.runs)} runs. Give one for each.")
         runs = [run_spectrum(url, from_step=args.from_step, step=args.step) for url in args.runs]
+        runs = [
+            replace(run, name=label) for run, label in zip(runs, args.labels or [r.name for r in runs], strict=True)
+        ]
         write(runs, args.out)
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
