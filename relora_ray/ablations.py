@@ -326,7 +326,7 @@ def _row(found: RowResults) -> str:
         spread += f" ({len(found.seeds) - len(losses)} of {len(found.seeds)} diverged)"
     mean = statistics.fmean(losses)
     return (
-        f"| {found.row.label} | {one['num_trainable']:,} of {one['num_parameters']:,} | {_point(found.best)} "
+        f"| {found.row.label} | {one['num_trainable']:,} | {_point(found.best)} "
         f"| {mean:.4f}{spread} | {math.exp(mean):.3f} | {', '.join(map(_loss, found.seeds))} |"
     )
 
