@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from relora_ray.config import RunConfig
-from relora_ray.data.prepare import Request, prepare
+from relora_ray.conformance.__main__ import make_data
 from tests.tiny import tiny_config
 
 torch.set_num_threads(1)
@@ -24,7 +24,6 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
-CHAPTERS = r"<\|endoftext\|>|(?i:chapter [ivxlc0-9]+)"
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +35,9 @@ def austen_excerpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory, austen_excerpt: Path) -> Path:
-    """A prepared dataset of about 50,000 tokens, in several shards."""
-    out = tmp_path_factory.mktemp("data") / "tokens"
-    prepare(
-        Request(
-            sources=(str(austen_excerpt),),
-            out=str(out),
-            tokenizer=str(TOKENIZER),
-            document_separator=CHAPTERS,
-            validation_fraction=0.2,
-            shard_tokens=10_000,
-            num_workers=1,
-        ),
-        quiet=True,
-    )
-    return out
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset of about 50,000 tokens, in several shards: the conformance suite's."""
+    return Path(make_data(AUSTEN, TOKENIZER, tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture

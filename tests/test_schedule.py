@@ -1,34 +1,20 @@
-"""Learning rates as functions of the step, against the published formula written out here."""
+"""Learning rates as functions of the step, against the published formula written out in the conformance suite."""
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise, product
 
 import pytest
 
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config
+from relora_ray.conformance.layer_checks import published_jagged_cosine
 from relora_ray.schedule import lr_multiplier, restart_step
 from tests.tiny import TINY
 
 
 def config(*overrides: str) -> RunConfig:
     return parse_config(TINY, list(overrides))
-
-
-def published_jagged_cosine(step: int, total: int, warmup: int, every: int, rewarm: int, floor: float) -> float:
-    """Lialin et al. 2023 as published in `training_utils.py`, for adjust_step = 0."""
-
-    def cosine(at: int) -> float:
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1, total - warmup)))
-
-    if step < warmup:
-        return step / max(1, warmup)
-    in_cycle = step % every
-    if in_cycle < rewarm and step >= every:
-        return in_cycle / max(1, rewarm) * cosine(step - in_cycle + rewarm)
-    return cosine(step)
 
 
 @pytest.mark.parametrize(

@@ -33,31 +33,27 @@ class Result:
     seconds: float = field(compare=False)
 
 
-def _layer(id: str, what: str, bound: str, run: Callable[..., Any]) -> Check:
-    return Check(id, what, bound, run)
-
-
 def _run(id: str, what: str, bound: str, run: Callable[..., Any]) -> Check:
     return Check(id, what, bound, run, needs_runs=True)
 
 
 CHECKS = (
-    _layer("wrap-exact", "wrapping changes the logits by (relative)", "1e-6", layer_checks.wrap_exact),
-    _layer("first-gradient", "layers whose adapter has a gradient at step 1", "all", layer_checks.first_gradient),
-    _layer("merge-function", "a merge at scale 2.5 changes the logits by", "1e-5", layer_checks.merge_function),
-    _layer("merge-bf16", "20 merges at rms 1e-3, 1e-4, 1e-5 in bf16 training: error of the sum", "1 %",
+    Check("wrap-exact", "wrapping changes the logits by (relative)", "1e-6", layer_checks.wrap_exact),
+    Check("first-gradient", "layers whose adapter has a gradient at step 1", "all", layer_checks.first_gradient),
+    Check("merge-function", "a merge at scale 2.5 changes the logits by", "1e-5", layer_checks.merge_function),
+    Check("merge-bf16", "20 merges at rms 1e-3, 1e-4, 1e-5 in bf16 training: error of the sum", "1 %",
            layer_checks.merge_bf16),
-    _layer("reset-state", "entries of m, v and step that a reset leaves other than its kind says", "0",
+    Check("reset-state", "entries of m, v and step that a reset leaves other than its kind says", "0",
            layer_checks.reset_state),
-    _layer("reset-large", "a magnitude reset above 2^24 elements keeps the largest", "1 - ratio",
+    Check("reset-large", "a magnitude reset above 2^24 elements keeps the largest", "1 - ratio",
            layer_checks.reset_large),
-    _layer("reset-jump", "largest move of A in 10 steps after a reset, in learning rates per step", "2",
+    Check("reset-jump", "largest move of A in 10 steps after a reset, in learning rates per step", "2",
            layer_checks.reset_jump),
-    _layer("draws-keyed", "layers whose A or mask follows the random state, or does not change by boundary", "0",
+    Check("draws-keyed", "layers whose A or mask follows the random state, or does not change by boundary", "0",
            layer_checks.draws_keyed),
-    _layer("dense", "wrong keys of the dense weights in mid-cycle; their logits' difference", "0; 1e-5",
+    Check("dense", "wrong keys of the dense weights in mid-cycle; their logits' difference", "0; 1e-5",
            layer_checks.dense_function),
-    _layer("jagged-cosine", "learning rate against the published formula, 80 settings, all steps", "1e-12",
+    Check("jagged-cosine", "learning rate against the published formula, 80 settings, all steps", "1e-12",
            layer_checks.jagged_cosine),
     _run("run-merges", "largest change of the logits at a boundary of a run", "1e-5", run_checks.run_merges),
     _run("step-alone", "learning rates, boundaries and rows that a NaN, a skip or a crash moves", "0",
