@@ -325,8 +325,10 @@ def _row(found: RowResults) -> str:
     if len(losses) < len(found.seeds):
         spread += f" ({len(found.seeds) - len(losses)} of {len(found.seeds)} diverged)"
     mean = statistics.fmean(losses)
+    run = sum(record is not None for _, record in found.grid)
+    part = "" if run == len(found.grid) else f" (so far: {run} of {len(found.grid)} points run)"
     return (
-        f"| {found.row.label} | {one['num_trainable']:,} | {_point(found.best)} "
+        f"| {found.row.label} | {one['num_trainable']:,} | {_point(found.best)}{part} "
         f"| {mean:.4f}{spread} | {math.exp(mean):.3f} | {', '.join(map(_loss, found.seeds))} |"
     )
 
