@@ -65,11 +65,10 @@ class Table(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Table:
-        grids = [self.grid, *(row.grid for row in self.rows if row.grid is not None)]
         lists: list[tuple[str, list[Any]]] = [
             ("two rows have the name", [row.name for row in self.rows]),
             ("seeds has twice", list(self.seeds)),
-            *((f"grid has twice for {key}", list(grid[key])) for grid in grids for key in grid),
+            *((f"grid has twice for {key}", list(grid[key])) for grid in self.grids for key in grid),
         ]
         for what, values in lists:
             if twice := [value for value in values if values.count(value) > 1]:
@@ -77,10 +76,14 @@ class Table(Section):
         return self
 
     @property
+    def grids(self) -> list[dict[str, tuple[float, ...]]]:
+        """The table's own and its rows'."""
+        return [self.grid, *(row.grid for row in self.rows if row.grid is not None)]
+
+    @property
     def decided(self) -> set[str]:
         """Keys that the table sets itself, which an override would make equal in runs that must differ."""
-        grids = [self.grid, *(row.grid for row in self.rows if row.grid is not None)]
-        return {"name", "seed", *(key for grid in grids for key in grid)}
+        return {"name", "seed", *(key for grid in self.grids for key in grid)}
 
     def points(self, row: Row) -> list[Point]:
         grid = self.grid if row.grid is None else row.grid

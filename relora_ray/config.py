@@ -357,6 +357,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         problems = [
             *_token_problems(self),
+            *_skip_problems(self),
             *_compat_problems(self),
             *_batch_problems(self),
             *_cycle_problems(self),
@@ -420,18 +421,19 @@ def _token_problems(cfg: RunConfig) -> list[str]:
     ]
 
 
-def _compat_problems(cfg: RunConfig) -> list[str]:
-    problems = []
+def _skip_problems(cfg: RunConfig) -> list[str]:
     if wrong := [s for s in cfg.train.skip_steps if not 0 <= s < cfg.steps]:
-        problems.append(
-            f"train.skip_steps has {wrong[0]}, which is no update of the run: they are 0 to {cfg.steps - 1}."
-        )
+        return [f"train.skip_steps has {wrong[0]}, which is no update of the run: they are 0 to {cfg.steps - 1}."]
+    return []
+
+
+def _compat_problems(cfg: RunConfig) -> list[str]:
     if getattr(cfg.method, "compat", "") == "reference" and cfg.optimizer.weight_decay:
-        problems.append(
+        return [
             f"optimizer.weight_decay={cfg.optimizer.weight_decay} with method.compat='reference': the published code "
             f"decays norms and biases too, which is not reproduced. Set optimizer.weight_decay=0."
-        )
-    return problems
+        ]
+    return []
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from relora_ray import loop
 from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.config import RunConfig
+from relora_ray.conformance.ours import poisoned
 from relora_ray.errors import ConfigError, NonFiniteError
 from relora_ray.loop import evaluate, open_batches
 from relora_ray.metrics import read, read_all
@@ -54,26 +54,10 @@ def test_loss_falls_and_the_schedule_is_followed(cfg: RunConfig) -> None:
         assert record["tokens"] == record["step"] * 6 * 24
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, cfg: RunConfig, steps: set[int]) -> None:
-    """Make the loss of these updates nan, as bad data or an overflow would."""
-    original = loop._accumulate_gradients
-
-    def accumulate(cfg, world, wrapped, batches, step):  # type: ignore[no-untyped-def]
-        loss = original(cfg, world, wrapped, batches, step)
-        if step not in steps:
-            return loss
-        for parameter in wrapped.parameters():
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
-        return math.nan
-
-    monkeypatch.setattr(loop, "_accumulate_gradients", accumulate)
-
-
-def test_skipped_step_leaves_weights_and_shifts_nothing(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_step_leaves_weights_and_shifts_nothing(cfg: RunConfig) -> None:
     plain = [r for r in run(cfg.model_copy(update={"name": "plain"}))[1] if r["kind"] == "boundary"]
-    poison(monkeypatch, cfg, {5, 7})
-    state, records = run(cfg)
+    with poisoned({5, 7}):
+        state, records = run(cfg)
     trained = {r["step"]: r for r in records if r["kind"] == "train"}
     assert [s for s, r in trained.items() if not math.isfinite(r["loss"])] == [6, 8]
     assert trained[12]["skipped_steps"] == 2
@@ -99,8 +83,8 @@ def test_steps_named_in_the_config_are_passed_over(data: Path, tmp_path: Path) -
     assert rates[0] == rates[1]
 
 
-def test_resume_after_skipped_steps_is_bitwise(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, cfg, {2, 3, 6})
+@poisoned({2, 3, 6})
+def test_resume_after_skipped_steps_is_bitwise(cfg: RunConfig) -> None:
     whole, _ = run(cfg.model_copy(update={"name": "whole"}))
     for step in (4, 7):
         broken = cfg.model_copy(update={"name": f"broken-{step}"})
@@ -112,11 +96,9 @@ def test_resume_after_skipped_steps_is_bitwise(cfg: RunConfig, monkeypatch: pyte
         assert {r["step"]: r["skipped_steps"] for r in after if r["kind"] == "train"}[12] == 3
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@poisoned({1, 2, 4, 6, 7, 8})
+def test_too_many_skipped_steps_in_a_row_end_the_run(data: Path, tmp_path: Path) -> None:
     cfg = tiny_config(data, tmp_path, "train.max_nonfinite_steps=2")
-    poison(monkeypatch, cfg, {1, 2, 4, 6, 7, 8})
     with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 8, .*train.max_nonfinite_steps=2 allows"):
         run(cfg)
     assert list_manifests(run_storage(cfg))[-1] == 8

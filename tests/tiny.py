@@ -12,6 +12,7 @@ import yaml
 
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config
+from relora_ray.conformance.ours import Crash, state_tensors
 from relora_ray.loop import TrainState, run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World, digest
@@ -37,10 +38,6 @@ def tiny_config(data: Path, folder: Path, *overrides: str, **sections: Any) -> R
     """The tiny run under `folder`; `sections` replace whole sections of the YAML."""
     raw = yaml.safe_load(TINY) | sections
     return parse_config(yaml.safe_dump(raw), [f"storage={folder}", f"data.path={data}", *overrides])
-
-
-class Crash(Exception):
-    """Stands for a process that dies."""
 
 
 def crash_at(step: int, kind: str) -> Callable[[Record], None]:
@@ -71,9 +68,7 @@ def losses(records: list[Record]) -> dict[int, float]:
 
 def state_digest(state: TrainState) -> int:
     """Of all weights and all optimizer state, bit by bit."""
-    tensors = [p.detach() for p in state.model.parameters()]
-    tensors += [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
-    return digest(tensors)
+    return digest(state_tensors(state))
 
 
 def assert_loads_as_the_live_model(folder: str, state: TrainState, ids: torch.Tensor) -> None:

@@ -76,6 +76,20 @@ class Trace:
     """Logits at the end for token ids 0 to 7, shape (8, vocabulary)."""
 
 
+@torch.no_grad()
+def eval_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits in eval mode, fp32, (rows, length, vocabulary); `model` is left in the mode it was in."""
+    was_training = model.training
+    logits: torch.Tensor = model.eval()(input_ids=ids).logits.float()
+    model.train(was_training)
+    return logits
+
+
+def relative_change(after: torch.Tensor, before: torch.Tensor) -> float:
+    """Largest change of an entry, relative to the largest entry."""
+    return float((after - before).abs().max() / before.abs().max())
+
+
 class Implementation:
     """Subclass this. Every method but `name` may be left out: its checks are then reported as not offered."""
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from relora_ray.conformance.implementation import Implementation
+from relora_ray.conformance.implementation import Implementation, eval_logits, relative_change
 
 Outcome = tuple[str, bool]
 
@@ -44,16 +44,8 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
-@torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
-    was_training = model.training
-    found: torch.Tensor = model.eval()(input_ids=ids()).logits.float()
-    model.train(was_training)
-    return found
-
-
-def _relative(after: torch.Tensor, before: torch.Tensor) -> float:
-    return float((after - before).abs().max() / before.abs().max())
+    return eval_logits(model, ids())
 
 
 @torch.no_grad()
@@ -70,7 +62,7 @@ def wrap_exact(implementation: Implementation) -> Outcome:
     before = logits(model)
     model = implementation.wrap(model, rank=RANK, alpha=ALPHA, seed=SEED)
     num_layers = len(implementation.layers(model))
-    change = _relative(logits(model), before)
+    change = relative_change(logits(model), before)
     return f"{change:.1e}, {num_layers} layers", change <= 1e-6 and num_layers == 14
 
 
@@ -87,9 +79,9 @@ def merge_function(implementation: Implementation) -> Outcome:
     plain = logits(model)
     _shake_(implementation, model)
     before = logits(model)
-    assert _relative(before, plain) > 0.1, "the adapters must matter, or this shows nothing"
+    assert relative_change(before, plain) > 0.1, "the adapters must matter, or this shows nothing"
     implementation.merge(model, seed=SEED, boundary=7)
-    change = _relative(logits(model), before)
+    change = relative_change(logits(model), before)
     fresh = all(not layer.b.any() and bool(layer.a.any()) for layer in implementation.layers(model).values())
     return f"{change:.1e}" + ("" if fresh else ", adapters not fresh"), change <= 1e-5 and fresh
 
@@ -256,7 +248,7 @@ def dense_function(implementation: Implementation) -> Outcome:
     plain = small_llama()
     keys = plain.load_state_dict(implementation.dense(model), strict=False)
     wrong = len(keys.missing_keys) + len(keys.unexpected_keys)
-    change = _relative(logits(plain), logits(model))
+    change = relative_change(logits(plain), logits(model))
     return f"{wrong}; {change:.1e}", wrong == 0 and change <= 1e-5
 
 

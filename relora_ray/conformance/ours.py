@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,14 @@ from relora_ray import loop
 from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.config import LoraConfig, OptimizerConfig, ResetConfig, RunConfig
 from relora_ray.config_file import load_config, parse_config
-from relora_ray.conformance.implementation import Implementation, LayerView, Spec, Trace
+from relora_ray.conformance.implementation import (
+    Implementation,
+    LayerView,
+    Spec,
+    Trace,
+    eval_logits,
+    relative_change,
+)
 from relora_ray.methods.lowrank import (
     adapter_parameters,
     folded_state_dict,
@@ -94,16 +102,13 @@ class Ours(Implementation):
             if spec.crash is not None and (PHASES.get(kind), step) == spec.crash:
                 raise Crash(f"{kind} {step}")
 
-        with _recorded_rows(trace), _recorded_changes(trace), _poisoned(spec):
+        with _recorded_rows(trace), _recorded_changes(trace), poisoned(spec.nonfinite):
             try:
-                state = loop.run_attempt(
-                    claim(cfg) if World.current().size == 1 else cfg, World.current(), on_record=on_record
-                )
+                state = loop.run_attempt(cfg, World.current(), on_record=on_record)
             except Crash:
                 trace.crashed = True
                 return trace
-        moments = [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
-        trace.final = str(digest([*state.model.state_dict().values(), *moments]))
+        trace.final = str(digest(state_tensors(state)))
         trace.probe = _probe(state.model)
         return trace
 
@@ -154,22 +159,23 @@ def config(spec: Spec) -> RunConfig:
     return parse_config(yaml.safe_dump({k: v for k, v in raw.items() if v is not None}))
 
 
+@lru_cache
 def _schedule(steps: int, warmup: int, every: int, restart_warmup: int, floor: float) -> RunConfig:
-    key = (steps, warmup, every, restart_warmup, floor)
-    if key not in _SCHEDULES:
-        spec = Spec("x", "x", steps=steps, merge_every_steps=every, warm_start_steps=0)
-        raw = config(spec).model_dump()
-        raw["schedule"] = {
-            "kind": "jagged_cosine",
-            "warmup_steps": warmup,
-            "restart_warmup_steps": restart_warmup,
-            "min_lr_ratio": floor,
-        }
-        _SCHEDULES[key] = RunConfig.model_validate(raw)
-    return _SCHEDULES[key]
+    spec = Spec("x", "x", steps=steps, merge_every_steps=every, warm_start_steps=0)
+    raw = config(spec).model_dump()
+    raw["schedule"] = {
+        "kind": "jagged_cosine",
+        "warmup_steps": warmup,
+        "restart_warmup_steps": restart_warmup,
+        "min_lr_ratio": floor,
+    }
+    return RunConfig.model_validate(raw)
 
 
-_SCHEDULES: dict[tuple[int, int, int, int, float], RunConfig] = {}
+def state_tensors(state: loop.TrainState) -> list[torch.Tensor]:
+    """All weights and all optimizer state, sharing their memory."""
+    moments = [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
+    return [t.detach() for t in (*state.model.state_dict().values(), *moments)]
 
 
 @contextlib.contextmanager
@@ -194,13 +200,9 @@ def _recorded_rows(trace: Trace) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def _probe(model: nn.Module) -> torch.Tensor:
     """Logits for token ids 0 to 7, (8, vocabulary)."""
-    was_training = model.training
-    logits: torch.Tensor = model.eval()(input_ids=torch.arange(8)[None]).logits[0]
-    model.train(was_training)
-    return logits
+    return eval_logits(model, torch.arange(8)[None])[0]
 
 
 @contextlib.contextmanager
@@ -211,7 +213,7 @@ def _recorded_changes(trace: Trace) -> Iterator[None]:
     def cross(world: World, method: Any, state: loop.TrainState, done: int) -> Any:
         before = _probe(state.model)
         result = original(world, method, state, done)
-        trace.function_change[done] = float((_probe(state.model) - before).abs().max() / before.abs().max())
+        trace.function_change[done] = relative_change(_probe(state.model), before)
         return result
 
     with patch.object(loop, "_cross_boundary", cross):
@@ -219,13 +221,13 @@ def _recorded_changes(trace: Trace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _poisoned(spec: Spec) -> Iterator[None]:
-    """Make the loss and gradients of the named updates NaN, as bad data or an overflow would."""
+def poisoned(steps: Collection[int]) -> Iterator[None]:
+    """Make the loss and gradients of these updates NaN, as bad data or an overflow would."""
     original = loop._accumulate_gradients
 
     def accumulate(cfg: RunConfig, world: World, wrapped: nn.Module, batches: Any, step: int) -> float:
         loss = original(cfg, world, wrapped, batches, step)
-        if step not in spec.nonfinite:
+        if step not in steps:
             return loss
         for parameter in wrapped.parameters():
             if parameter.grad is not None:

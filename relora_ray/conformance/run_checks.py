@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import transformers
 
-from relora_ray.conformance.implementation import Implementation, NotOffered, Phase, Spec, Trace
+from relora_ray.conformance.implementation import (
+    Implementation,
+    NotOffered,
+    Phase,
+    Spec,
+    Trace,
+    eval_logits,
+    relative_change,
+)
 from relora_ray.conformance.processes import run_ranks
 
 Outcome = tuple[str, bool]
@@ -87,7 +96,7 @@ def _rows(traces: list[Trace]) -> dict[int, list[str]]:
     return {step: sorted(row for t in traces for row in t.rows.get(step, [])) for step in traces[0].rows}
 
 
-def _differing(found: dict[int, object], expected: dict[int, object]) -> list[int]:
+def _differing(found: Mapping[int, object], expected: Mapping[int, object]) -> list[int]:
     return sorted(step for step in found.keys() | expected.keys() if found.get(step) != expected.get(step))
 
 
@@ -114,7 +123,7 @@ def step_alone(runs: Runs) -> Outcome:
         for trace in traces:
             made = set(trace.learning_rates)
             fed = made - ({5} if name == "skip" else set())
-            moved += len(_differing(dict(trace.learning_rates), {s: whole.learning_rates.get(s) for s in made}))
+            moved += len(_differing(trace.learning_rates, {s: whole.learning_rates.get(s) for s in made}))
             moved += len(_differing(_only(_rows([trace]), made), _only(_rows([whole]), fed)))
         trained = set().union(*(t.losses for t in traces))
         moved += len(trained ^ (set(whole.losses) - {"nan": {4, 7}, "skip": {5}}.get(name, set())))
@@ -125,7 +134,7 @@ def step_alone(runs: Runs) -> Outcome:
     return "; ".join(wrong) or f"0 in {len(variants)} runs", not wrong
 
 
-def _only(rows: dict[int, list[str]], steps: set[int]) -> dict[int, object]:
+def _only(rows: dict[int, list[str]], steps: set[int]) -> dict[int, list[str]]:
     return {step: found for step, found in rows.items() if step in steps}
 
 
@@ -137,7 +146,7 @@ def resume_bitwise(runs: Runs) -> Outcome:
         expected = {s: v for s, v in whole.losses.items() if s >= after.began_at}
         if not saved <= after.began_at <= int(step):
             wrong.append(f"{name}: began again at {after.began_at}")
-        elif differing := _differing(dict(after.losses), dict(expected)):
+        elif differing := _differing(after.losses, expected):
             wrong.append(f"{name}: losses from update {differing[0]}")
         elif after.final != whole.final:
             wrong.append(f"{name}: final bits")
@@ -148,14 +157,14 @@ def world_size(runs: Runs) -> Outcome:
     """The same run on one and on two processes, and one that starts on two and goes on on one."""
     whole, two = runs.whole, runs.whole_on_two
     expected = _rows([whole])
-    count = len(_differing(dict(_rows(two)), dict(expected)))
+    count = len(_differing(_rows(two), expected))
     difference = _largest_difference(two[0], whole)
     spec = runs.spec("from-2-to-1", crash=("update", 8))
     before = runs.train_on_two(spec)
     after = runs.train(dataclasses.replace(spec, crash=None))
     assert before[0].crashed
     assert 0 < after.began_at <= 8
-    count += len(_differing(dict(_rows([after])), {s: v for s, v in expected.items() if s >= after.began_at}))
+    count += len(_differing(_rows([after]), {s: v for s, v in expected.items() if s >= after.began_at}))
     difference = max(difference, _largest_difference(after, whole))
     return f"{count}; {difference:.1e}", count == 0 and difference <= 1e-5
 
@@ -176,10 +185,9 @@ def export(runs: Runs) -> Outcome:
     folder = runs.implementation.export(runs.spec("whole"))
     plain, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert whole.probe is not None
-    with torch.no_grad():
-        logits = plain.eval()(input_ids=torch.arange(8)[None]).logits[0]
+    logits = eval_logits(plain, torch.arange(8)[None])[0]
     keys = len(info["missing_keys"]) + len(info["unexpected_keys"])
-    difference = float((logits - whole.probe).abs().max() / whole.probe.abs().max())
+    difference = relative_change(logits, whole.probe)
     return f"{keys}; {difference:.1e}", keys == 0 and difference <= 1e-5
 
 

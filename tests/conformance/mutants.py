@@ -22,7 +22,7 @@ from torch import nn
 from relora_ray import loop
 from relora_ray.config import LoraConfig, ResetConfig
 from relora_ray.conformance.implementation import Spec, Trace
-from relora_ray.conformance.ours import Ours
+from relora_ray.conformance.ours import Ours, state_tensors
 from relora_ray.data import loader
 from relora_ray.methods import relora
 from relora_ray.methods.lowrank import adapter_parameters, low_rank_layers, redraw_all_, wrap_
@@ -124,13 +124,9 @@ class SavesBeforeTheMerge(Ours):
         cross, save = loop._cross_boundary, loop._save
         before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def tensors(state: loop.TrainState) -> list[torch.Tensor]:
-            moments = [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
-            return [t.detach() for t in (*state.model.state_dict().values(), *moments)]
-
         def crossing(world: Any, method: Any, state: loop.TrainState, done: int) -> Any:
             if done > spec.warm_start_steps:
-                before.extend((t, t.clone()) for t in tensors(state))
+                before.extend((t, t.clone()) for t in state_tensors(state))
             return cross(world, method, state, done)
 
         def saving(*args: Any) -> Any:
