@@ -138,7 +138,9 @@ class Results:
 
 
 # What a result does not depend on; all else, how it is evaluated and rounded included, makes another run.
-_ELSEWHERE = ("name", "storage", "data.path", "checkpoint.", "cluster.", "train.log_every_steps")
+_ELSEWHERE = (
+    "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.", "train.log_every_steps",
+)  # fmt: skip
 
 
 def identity(cfg: RunConfig) -> str:

@@ -109,6 +109,8 @@ def _explain(detail: Any) -> list[str]:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":  # one of ours, complete as it is
         return message.splitlines()
+    if detail["type"] == "secret_option":  # its value must not be shown
+        return [f"{dotted}.{message}"]
     if detail["type"] == "field_rule":
         return [f"{dotted}={detail['input']!r} {message}"]
     section = _section_at(loc[:-1])

@@ -26,6 +26,12 @@ class StorageError(ReloraError):
     restart_helps = True
 
 
+class NotSavedError(StorageError):
+    """Checkpoints could not be stored for longer than the config allows; the run ends where it could resume."""
+
+    restart_helps = False
+
+
 class CheckpointError(ReloraError):
     """A checkpoint that is missing, does not fit the model, or may not be written."""
 

@@ -11,16 +11,15 @@ import torch
 
 from relora_ray.errors import ConfigError, ReloraError
 from relora_ray.runs import export_model, load_trained
-from relora_ray.storage import Storage
+from relora_ray.storage import Storage, add_options_argument, parse_options
 
 
-def export(run: str, out: str, *, step: int | None = None, dtype: torch.dtype = torch.float32) -> int:
+def export(run: Storage, out: Storage, *, step: int | None = None, dtype: torch.dtype = torch.float32) -> int:
     """Export the newest checkpoint, or the one at `step`; returns its step. OUT must hold no model yet."""
-    target = Storage(out)
-    if target.exists("config.json"):
-        raise ConfigError(f"{target.url} holds a model already. Choose another folder, or delete it first.")
+    if out.exists("config.json"):
+        raise ConfigError(f"{out.url} holds a model already. Choose another folder, or delete it first.")
     trained = load_trained(run, step)
-    export_model(trained.storage, trained.cfg, trained.method.dense_state_dict(trained.model), target, dtype=dtype)
+    export_model(trained.storage, trained.cfg, trained.method.dense_state_dict(trained.model), out, dtype=dtype)
     return trained.manifest.step
 
 
@@ -32,9 +31,13 @@ def main() -> None:
     parser.add_argument("out", help="folder or URL to write")
     parser.add_argument("--step", type=int, default=None, help="a checkpoint's step; default: the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_options_argument(parser)
     args = parser.parse_args()
     try:
-        step = export(args.run, args.out, step=args.step, dtype=getattr(torch, args.dtype))
+        options = parse_options(args.storage_option)
+        step = export(
+            Storage(args.run, options), Storage(args.out, options), step=args.step, dtype=getattr(torch, args.dtype)
+        )
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     print(f"wrote {args.out}: the model after step {step:,}")

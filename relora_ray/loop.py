@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relora_ray.checkpoint import Checkpointer, Position
+from relora_ray.checkpoint import Checkpointer, Committer, Position, Saved
 from relora_ray.checkpoint.manifest import Counters
 from relora_ray.config import RunConfig
 from relora_ray.data.loader import BatchSource, MicroBatch
@@ -29,7 +29,7 @@ from relora_ray.metrics import MetricsLog, Record, StepTimer
 from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
-from relora_ray.runs import check_visible, export_model, new_model, open_data, run_storage
+from relora_ray.runs import check_visible, data_storage, export_model, new_model, open_data, run_storage
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
 
@@ -54,10 +54,13 @@ class Data:
     fingerprint: str
 
 
-def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = None) -> TrainState:
+def run_attempt(
+    cfg: RunConfig, world: World, *, on_record: OnRecord | None = None, committer: Committer | None = None
+) -> TrainState:
     """Bring the run from its newest checkpoint to its end; returns the final state.
 
-    `on_record` sees every metrics record on every rank. Safe to call again on a finished run: it then
+    `on_record` sees every metrics record on every rank. `committer`: who gathers the ranks' shares of a checkpoint and
+    commits it; default: rank 0. Safe to call again on a finished run: it then
     only writes the export that may be missing.
     """
     storage = run_storage(cfg)
@@ -70,6 +73,8 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
         world,
         data_fingerprint=data.fingerprint,
         tokens_per_step=cfg.tokens_per_step,
+        committer=committer,
+        timeout_s=cfg.cluster.collective_timeout_s,
     )
     log = MetricsLog(storage, checkpointer.attempt) if world.is_first else None
 
@@ -79,10 +84,13 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
         if on_record is not None:
             on_record(record)
 
+    closed = False
     try:
         state, saved = resume(cfg, method, checkpointer, world)
         emit(_attempt_record(cfg, state, checkpointer, world))
-        train(cfg, world, method, state, data, checkpointer, emit, already_saved=saved)
+        train(cfg, world, method, state, data, checkpointer, emit, log, already_saved=saved)
+        closed = True
+        _emit_saved(emit, checkpointer.close())
         if world.is_first:
             _export_if_missing(cfg, method, state, storage)
         emit(
@@ -93,8 +101,10 @@ def run_attempt(cfg: RunConfig, world: World, *, on_record: OnRecord | None = No
             }
         )
     finally:
+        if not closed:
+            checkpointer.close(failed=True)
         if log is not None:
-            log.flush()
+            log.close()
     return state
 
 
@@ -106,6 +116,7 @@ def train(
     data: Data,
     checkpointer: Checkpointer,
     emit: OnRecord,
+    log: MetricsLog | None,
     *,
     already_saved: bool,
 ) -> None:
@@ -115,7 +126,17 @@ def train(
         emit(evaluate(cfg, world, state, data.validation))
 
     def save() -> None:
-        emit(_save(checkpointer, method, state))
+        frozen = method.frozen_names(state.model)
+        results = checkpointer.save(
+            state.position,
+            state.model,
+            state.optimizer,
+            frozen,
+            needed=state.position.step == cfg.steps,
+            # So that a run that goes on from this checkpoint has the metrics of all steps before.
+            commit_after=log.flush() if log is not None else None,
+        )
+        _emit_saved(emit, results)
 
     if not already_saved:  # the start is a checkpoint like any other
         record_eval()
@@ -148,6 +169,7 @@ def train(
         timer.add(time.perf_counter() - began)
 
         emit(_train_record(cfg, state, loss, grad_norm, learning_rate, timer))
+        _emit_saved(emit, checkpointer.poll())
 
         if method.is_boundary(done):
             report, record = _cross_boundary(world, method, state, done)
@@ -219,7 +241,7 @@ def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: Wo
 
 
 def open_batches(cfg: RunConfig, world: World) -> Data:
-    storage, index = Storage(cfg.data.path), open_data(cfg)
+    storage, index = data_storage(cfg), open_data(cfg)
     micro = cfg.train.micro_batch_rows
 
     def source(split: Split, micro_batch_rows: int) -> BatchSource:
@@ -341,18 +363,23 @@ def _save_due(cfg: RunConfig, method: Method, done: int) -> bool:
     return done == cfg.steps or done % cfg.checkpoint.save_every_steps == 0 or method.is_boundary(done)
 
 
-def _save(checkpointer: Checkpointer, method: Method, state: TrainState) -> Record:
-    began = time.perf_counter()
-    frozen = method.frozen_names(state.model)
-    manifest, base_is_new = checkpointer.save(state.position, state.model, state.optimizer, frozen)
-    return {
-        "kind": "checkpoint",
-        "step": manifest.step,
-        "delta_bytes": manifest.delta.size_bytes,
-        "base_bytes": manifest.base.size_bytes if manifest.base else 0,
-        "base_is_new": base_is_new,
-        "save_s": time.perf_counter() - began,
-    }
+def _emit_saved(emit: OnRecord, results: list[Saved]) -> None:
+    for saved in results:
+        if saved.manifest is None:
+            emit({"kind": "checkpoint_missed", "step": saved.step, "why": saved.why_not})
+            continue
+        base = saved.manifest.base
+        emit(
+            {
+                "kind": "checkpoint",
+                "step": saved.step,
+                "delta_bytes": saved.manifest.delta.size_bytes,
+                "base_bytes": base.size_bytes if base else 0,
+                "base_is_new": saved.base_is_new,
+                "blocked_s": saved.blocked_s,
+                "save_s": saved.save_s,
+            }
+        )
 
 
 def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storage: Storage) -> None:

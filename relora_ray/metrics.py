@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -22,29 +24,65 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Writes one attempt's records to `metrics/<attempt>.jsonl`. One writer: rank 0."""
+    """Writes one attempt's records to `metrics/<attempt>/00000.jsonl`, 00001.jsonl and so on. One writer: rank 0.
 
-    def __init__(self, storage: Storage, attempt: str, *, flush_every: int = 20) -> None:
-        self._storage, self._path, self._flush_every = storage, f"metrics/{attempt}.jsonl", flush_every
-        self._pending: list[str] = []
+    Object stores cannot append: the newest object is put again, whole, until it is `segment_bytes` long. That is done
+    by a thread, one put at a time: slow or failing storage neither holds training up nor ends it.
+    """
+
+    def __init__(self, storage: Storage, attempt: str, *, flush_every: int = 20, segment_bytes: int = 2**20) -> None:
+        self._storage = storage.child("metrics").child(attempt)
+        self._flush_every, self._segment_bytes = flush_every, segment_bytes
+        self._number = 0
+        self._lines: list[bytes] = []
+        """Of the newest object."""
+        self._num_pending = 0
+        """Lines since the last flush."""
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="relora-ray-metrics")
+        self._waiting: Future[bool] | None = None
+        """A put that has not begun: it will take all lines there are by then."""
 
     def write(self, record: Record, *, flush: bool = False) -> None:
         # JSON has no nan: a skipped step's loss becomes null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._pending.append(json.dumps(clean, allow_nan=False))
-        if flush or len(self._pending) >= self._flush_every:
+        with self._lock:
+            self._lines.append(json.dumps(clean, allow_nan=False).encode() + b"\n")
+        self._num_pending += 1
+        if flush or self._num_pending >= self._flush_every:
             self.flush()
 
-    def flush(self) -> None:
-        """Store what is pending. Metrics must not end a run: a failure is a warning, and is tried again later."""
-        if not self._pending:
-            return
+    def flush(self) -> Future[bool]:
+        """Begin to store all records so far; the future says whether they are."""
+        self._num_pending = 0
+        with self._lock:
+            if self._waiting is None:
+                self._waiting = self._thread.submit(self._put)
+            return self._waiting
+
+    def close(self) -> None:
+        """Store what is pending; a failure is a warning."""
+        if not self.flush().result():
+            logger.warning("the last metrics records were not stored")
+        self._thread.shutdown()
+
+    def _put(self) -> bool:
+        with self._lock:
+            self._waiting = None
+            lines = list(self._lines)
+        if not lines:
+            return True
+        data = b"".join(lines)
         try:
-            self._storage.append(self._path, ("\n".join(self._pending) + "\n").encode())
+            self._storage.put(f"{self._number:05d}.jsonl", data)
         except StorageError as error:
-            logger.warning("%d metrics records wait: %s", len(self._pending), error)
-            return
-        self._pending.clear()
+            logger.warning("metrics records wait: %s", error)
+            return False
+        if len(data) >= self._segment_bytes:
+            self._number += 1
+            with self._lock:
+                del self._lines[: len(lines)]
+        return True
 
 
 def read_all(storage: Storage, kind: str) -> list[Record]:
@@ -79,3 +117,12 @@ class StepTimer:
     @property
     def step_s(self) -> float:
         return median(self._seconds) if self._seconds else 0.0
+
+
+def size_text(size_bytes: float) -> str:
+    """`1234567` -> `1.235 MB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.4g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.4g} TB"

@@ -103,12 +103,19 @@ class World:
 def digest(tensors: Sequence[torch.Tensor]) -> int:
     """A 63-bit digest of the tensors' bits, in order, that any single flipped bit changes.
 
-    Per tensor the sum of its elements' bit patterns as integers, so it costs one pass on the device; sums are
-    combined with odd multipliers, so tensors that changed places are seen too.
+    Per tensor the sum of its bit patterns as integers, so it costs one pass on the device; sums are combined with odd
+    multipliers, so tensors that changed places are seen too.
     """
-    as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().contiguous().view(as_integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    sums = [_as_integers(t.detach().contiguous()).sum(dtype=torch.int64) for t in tensors]
     value = 0
     for total in torch.stack(sums).tolist() if sums else []:
         value = (value * 6364136223846793005 + total + 1442695040888963407) % 2**63
     return value
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bits, 8 bytes at a time where they divide: a sum of int64 runs at the speed of memory."""
+    size = next(size for size in (8, 4, 2, 1) if tensor.nbytes % size == 0)
+    if tensor.storage_offset() * tensor.element_size() % size:
+        tensor = tensor.clone()
+    return tensor.flatten().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from relora_ray import metrics
 from relora_ray.config import RunConfig
 from relora_ray.errors import ReloraError
+from relora_ray.metrics import size_text
 from relora_ray.runs import read_config
-from relora_ray.storage import Storage
+from relora_ray.storage import Storage, add_options_argument, parse_options
 
 
 def summary(storage: Storage) -> str:
@@ -41,9 +42,9 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
         base = [c["base_bytes"] for c in checkpoints if c["base_is_new"]]
         delta = [c["delta_bytes"] for c in checkpoints]
         yield (
-            f"  saved     {len(checkpoints)} checkpoints: base {_size(sum(base))} in {len(base)}, "
-            f"delta {_size(sum(delta))} in {len(delta)} (last: base {_size(checkpoints[-1]['base_bytes'])}, "
-            f"delta {_size(delta[-1])})"
+            f"  saved     {len(checkpoints)} checkpoints: base {size_text(sum(base))} in {len(base)}, "
+            f"delta {size_text(sum(delta))} in {len(delta)} (last: base {size_text(checkpoints[-1]['base_bytes'])}, "
+            f"delta {size_text(delta[-1])})"
         )
     attempts = metrics.read_all(storage, "attempt")
     yield f"  attempts  {len(attempts)}, world size {', '.join(str(a['world_size']) for a in attempts[-8:])}"
@@ -56,22 +57,15 @@ def _note(cfg: RunConfig, step: int) -> str:
     return notes.get(step, "")
 
 
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.4g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.4g} TB"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.report", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("run", help="the run's folder or URL")
+    add_options_argument(parser)
     args = parser.parse_args()
     try:
-        print(summary(Storage(args.run)))
+        print(summary(Storage(args.run, parse_options(args.storage_option))))
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 

@@ -34,19 +34,32 @@ from relora_ray.model import (
     save_hf_folder,
 )
 from relora_ray.reference import is_reference_folder, read_reference
-from relora_ray.storage import Storage
+from relora_ray.storage import Options, Storage
 
 CONFIG = "config.yaml"
 DATA = "data.json"
 
 
 def run_storage(cfg: RunConfig) -> Storage:
-    return Storage(cfg.storage).child(cfg.name)
+    return Storage(cfg.storage, cfg.storage_options, retry_s=cfg.storage_retry_s).child(cfg.name)
+
+
+def data_storage(cfg: RunConfig) -> Storage:
+    return Storage(
+        cfg.data.path, _options_for(cfg.data.path, cfg, cfg.data.storage_options), retry_s=cfg.storage_retry_s
+    )
+
+
+def _options_for(url: str, cfg: RunConfig, own: Options | None = None) -> Options:
+    """`own` options, or else the run's if the URL is of the same kind as its storage."""
+    if own is not None:
+        return own
+    return cfg.storage_options if url.partition("://")[0] == cfg.storage.partition("://")[0] else {}
 
 
 def open_data(cfg: RunConfig) -> DataIndex:
     """The index of the run's data. DataError if there is none, or not the data that the run began with."""
-    index = read_index(Storage(cfg.data.path))
+    index = read_index(data_storage(cfg))
     if cfg.data.fingerprint and index.fingerprint != cfg.data.fingerprint:
         raise DataError(
             f"data.path={cfg.data.path!r} has fingerprint {index.fingerprint}, but the run needs "
@@ -102,7 +115,7 @@ def claim(cfg: RunConfig) -> RunConfig:
 
 def _copy_tokenizer(cfg: RunConfig, run: Storage) -> None:
     """What an export needs of the data, so that a run is whole without it."""
-    data = Storage(cfg.data.path)
+    data = data_storage(cfg)
     if run.list("tokenizer"):  # of a first config that was corrected
         run.delete("tokenizer")
     for path in data.list("tokenizer"):
@@ -146,8 +159,8 @@ def new_model(cfg: RunConfig) -> nn.Module:
         copy_weights(model, read_reference(reference), f"model.init_from={source!r}")
     elif "://" not in reference and is_hf_folder(reference):
         load_hf_weights(model, reference)
-    elif Storage(reference).exists(CONFIG):
-        trained = load_trained(reference, int(step) if step else None)
+    elif (run := Storage(reference, _options_for(reference, cfg))).exists(CONFIG):
+        trained = load_trained(run, int(step) if step else None)
         copy_weights(model, trained.method.dense_state_dict(trained.model), f"model.init_from={source!r}")
     else:
         load_hf_weights(model, source)
@@ -164,9 +177,8 @@ class Trained:
     manifest: Manifest
 
 
-def load_trained(url: str, step: int | None = None) -> Trained:
+def load_trained(storage: Storage, step: int | None = None) -> Trained:
     """The model of a run's newest checkpoint, or of the one at `step`. CheckpointError if it is not there."""
-    storage = Storage(url)
     cfg = read_config(storage)
     steps = list_manifests(storage)
     if not steps:

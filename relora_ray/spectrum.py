@@ -25,6 +25,7 @@ from relora_ray.methods.lowrank import block_linears
 from relora_ray.model import build_model
 from relora_ray.plots import pyplot
 from relora_ray.runs import load_trained
+from relora_ray.storage import Storage, add_options_argument, parse_options
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,17 @@ class RunSpectrum:
     layers: list[Spectrum]
 
 
-def run_spectrum(url: str, *, from_step: int | None = None, step: int | None = None) -> RunSpectrum:
+def run_spectrum(run: Storage, *, from_step: int | None = None, step: int | None = None) -> RunSpectrum:
     """Spectra of a run's update between two of its checkpoints.
 
     Default: from the end of the warm start, or the run's start if there is none, to the newest. CheckpointError
     if a checkpoint is not there (`checkpoint.keep_every_steps` keeps them).
     """
-    after = load_trained(url, step)
+    after = load_trained(run, step)
     begin = after.cfg.warm_start_steps if from_step is None else from_step
-    before = load_trained(url, begin)
+    before = load_trained(run, begin)
     if begin >= after.manifest.step:
-        raise ConfigError(f"{url}: there is no update between step {begin} and step {after.manifest.step}.")
+        raise ConfigError(f"{run.url}: there is no update between step {begin} and step {after.manifest.step}.")
     plain = build_model(after.cfg.model, seq_len=after.cfg.data.seq_len, seed=0, device="meta")
     old, new = (t.method.dense_state_dict(t.model) for t in (before, after))
     noise = _EPS[getattr(after.cfg.method, "frozen_weights", "fp32")]
@@ -187,12 +188,14 @@ def main() -> None:
     parser.add_argument("--from", dest="from_step", type=int, help="checkpoint to start from: one step for all runs")
     parser.add_argument("--labels", nargs="+", help="what to call the runs; default: their names")
     parser.add_argument("--step", type=int, help="checkpoint to end at; default: each run's newest")
+    add_options_argument(parser)
     args = parser.parse_args()
     try:
         pyplot()
         if args.labels and len(args.labels) != len(args.runs):
             raise ConfigError(f"--labels has {len(args.labels)} names for {len(args.runs)} runs. Give one for each.")
-        runs = [run_spectrum(url, from_step=args.from_step, step=args.step) for url in args.runs]
+        options = parse_options(args.storage_option)
+        runs = [run_spectrum(Storage(url, options), from_step=args.from_step, step=args.step) for url in args.runs]
         runs = [
             replace(run, name=label) for run, label in zip(runs, args.labels or [r.name for r in runs], strict=True)
         ]

@@ -2,34 +2,55 @@
 
 A put is atomic: readers see the whole object or none. On the local disk that is a temporary file, fsync and
 rename; object stores do it by themselves. Every failure ends in one StorageError that names the object.
+
+Remote operations that fail in passing (time-outs, 500, 503, a connection or a body that breaks off) are tried
+again, each try logged, with a growing pause of random length, until `retry_s` seconds have passed.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
+import platform
 import random
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
+import yaml
 
 from relora_ray.errors import ConfigError, StorageError
 
 T = TypeVar("T")
+Options = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 60.0
+
 _TEMPORARY = ".partial-"
-_TRIES = 4
+_PAUSE_S = (0.25, 8.0)
+"""The first pause between two tries and the longest; each is shortened by up to half at random."""
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 """Causes that neither a second try nor a restart removes."""
+_S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
+"""Seconds without a byte; and one try, because trying again is done here."""
+_SECRET_VARIABLES = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+)
+_REFERENCE = re.compile(r"\$(\w+|\{\w+\})")
+_secrets: set[str] = set()
+"""Values that must not be shown, of this process's environment and options."""
 
 
 class Storage:
@@ -38,26 +59,29 @@ class Storage:
     Paths are relative, with "/" between parts. Instances are cheap and picklable.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, options: Options | None = None, *, retry_s: float = RETRY_S) -> None:
+        """`options` go to the fsspec file system (endpoint_url, key, secret, ... for s3); a value `$NAME` is read from
+        the environment of the process that uses it. ConfigError if the URL or an option cannot be used."""
         self.is_local = "://" not in url or url.startswith("file://")
         self.url = os.path.abspath(url.removeprefix("file://")) if self.is_local else url.rstrip("/")
-        self._options = options
+        self._options, self._retry_s = dict(options or {}), retry_s
         if not self.is_local:
-            # Cached listings and shared instances hide what other clients wrote.
-            options = {"use_listings_cache": False, "skip_instance_cache": True, **options}
-            try:
-                self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
-            except (ValueError, ImportError) as error:
-                raise ConfigError(f"{self.url} cannot be used as storage: {error}.") from error
+            self._fs, self._root = _open(self.url, self._options)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, (self.url, self._options))
+        return (_restore, (self.url, self._options, self._retry_s))  # options as given: no secret is pickled
 
     def child(self, path: str) -> Storage:
-        return Storage(f"{self.url}/{path}", **self._options)
+        """The same storage below `path`, on the same connections."""
+        child = Storage.__new__(Storage)
+        child.__dict__.update(self.__dict__)
+        child.url = f"{self.url}/{path}"
+        if not self.is_local:
+            child._root = f"{self._root}/{path}"
+        return child
 
     def put(self, path: str, data: bytes) -> None:
         """Write a whole object, replacing any other."""
@@ -69,36 +93,52 @@ class Storage:
     def put_new(self, path: str, data: bytes) -> None:
         """Write a whole object that must not exist yet; FileExistsError if it does.
 
-        On object stores this is a conditional put, which not every server honours.
+        On object stores this is a conditional put. Where the server ignores the condition (`honours_put_new`) only
+        an object that is there already is seen, and of two writers at the same moment both believe that they won.
         """
-        try:
+        if not self.is_local and self.exists(path):
+            raise FileExistsError(f"{self.url}/{path} exists already")
+        self._create(path, data)
+
+    def _create(self, path: str, data: bytes) -> None:
+        def create() -> None:
             if self.is_local:
-                self._guard("write", path, lambda: self._put_local(path, data, _link_new), len(data))
-            else:
-                self._guard("write", path, lambda: self._fs.pipe_file(self._at(path), data, mode="create"), len(data))
+                self._put_local(path, data, _link_new)
+                return
+            try:
+                self._fs.pipe_file(self._at(path), data, mode="create")
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # how Ceph refuses
+                    raise
+                raise FileExistsError(str(error)) from error
+
+        try:
+            self._guard("write", path, create, len(data))
         except StorageError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise FileExistsError(f"{self.url}/{path} exists already") from error
             raise
 
-    def append(self, path: str, data: bytes) -> None:
-        """Add to the end of an object, creating it. Not atomic: for logs."""
+    def honours_put_new(self) -> bool:
+        """Write, read and delete a probe; whether the server refuses to create an object that exists.
 
-        def append() -> None:
-            if self.is_local:
-                Path(self._at(path)).parent.mkdir(parents=True, exist_ok=True)
-                with open(self._at(path), "ab") as file:
-                    file.write(data)
-            else:
-                with self._fs.open(self._at(path), "ab") as file:
-                    file.write(data)
-
-        self._guard("append to", path, append, len(data))
+        StorageError if one of the three is not allowed.
+        """
+        path = f"probe-{uuid.uuid4().hex}"
+        try:
+            self._create(path, b"1")
+            try:
+                self._create(path, b"2")
+            except FileExistsError:
+                return self.get(path) == b"1"
+            return False
+        finally:
+            self.delete(path)
 
     def get(self, path: str) -> bytes:
         """The whole object. StorageError, caused by FileNotFoundError, if there is none."""
         if self.is_local:
-            return self._guard("read", path, Path(self._at(path)).read_bytes)
+            return self._guard("read", path, lambda: _read(self._at(path)))
         return bytes(self._guard("read", path, lambda: self._fs.cat_file(self._at(path))))
 
     def size(self, path: str) -> int | None:
@@ -170,27 +210,99 @@ class Storage:
         """The result of `operation`. Remote ones that fail in passing are tried again; StorageError in the end."""
         size = "" if size_bytes is None else f" ({size_bytes:,} bytes)"
         what = f"cannot {action} {self.url}/{path}{size}"
-        for attempt in range(1, _TRIES + 1):
+        began, attempt = time.monotonic(), 1
+        while True:
             try:
                 return operation()
             except Exception as error:  # s3fs and others let errors of their own through, besides OSError
                 if self.is_local and not isinstance(error, OSError):
                     raise
-                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                reason = _without_secrets(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
                 lasting = (
                     self.is_local or isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_CODES
                 )
-                if lasting or attempt == _TRIES:
-                    failure = StorageError(f"{what}: {reason}.{_advice(error)}")
+                passed_s = time.monotonic() - began
+                pause_s = min(_PAUSE_S[0] * 2 ** (attempt - 1), _PAUSE_S[1]) * random.uniform(0.5, 1.0)
+                if lasting or passed_s + pause_s > self._retry_s:
+                    tried = "" if lasting else f" ({attempt} tries in {passed_s:.0f} s)"
+                    failure = StorageError(f"{what}: {reason}{tried}.{_advice(error)}")
                     failure.restart_helps = getattr(error, "errno", None) not in _LASTING_CODES
                     raise failure from error
-                logger.warning("%s: %s; try %d of %d", what, reason, attempt + 1, _TRIES)
-                time.sleep(random.uniform(0.5, 1.0) * 2 ** (attempt - 1))
-        raise AssertionError("unreachable")
+                attempt += 1
+                logger.warning("%s: %s; try %d in %.1f s", what, reason, attempt, pause_s)
+                time.sleep(pause_s)
 
 
-def _restore(url: str, options: dict[str, Any]) -> Storage:
-    return Storage(url, **options)
+def add_options_argument(parser: argparse.ArgumentParser) -> None:
+    """`--storage-option key=value`, for commands that are given URLs and no config: see `parse_options`."""
+    parser.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for the file system of s3:// and other URLs, such as endpoint_url=http://HOST:9000; may be repeated",
+    )
+
+
+def parse_options(items: Iterable[str]) -> dict[str, Any]:
+    """`["endpoint_url=http://127.0.0.1:9000"]` -> options; values are YAML. ConfigError if one is not key=value."""
+    options = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(
+                f"storage option {item!r} is not of the form key=value, such as endpoint_url=http://HOST:9000."
+            )
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def _open(url: str, options: Options) -> tuple[Any, str]:
+    """An fsspec file system, and the URL's path in it."""
+    _secrets.update(value for name in _SECRET_VARIABLES if (value := os.environ.get(name)))
+    # Cached listings and shared instances hide what other clients wrote.
+    given = {"use_listings_cache": False, "skip_instance_cache": True, **_resolved(options)}
+    is_s3 = url.startswith(("s3://", "s3a://"))
+    if is_s3:
+        given["config_kwargs"] = _S3_CLIENT | given.get("config_kwargs", {})
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **given)
+    except (ValueError, ImportError, TypeError) as error:
+        raise ConfigError(f"{url} cannot be used as storage: {_without_secrets(str(error))}.") from error
+    if is_s3:
+        fs.retries = 1
+    return fs, root
+
+
+def _resolved(value: Any) -> Any:
+    """`value` with every `$NAME` in it replaced from the environment."""
+    if isinstance(value, Mapping):
+        return {name: _resolved(inner) for name, inner in value.items()}
+    if not isinstance(value, str) or not _REFERENCE.fullmatch(value):
+        return value
+    name = value.strip("${}")
+    if not os.environ.get(name):
+        raise ConfigError(
+            f"storage_options name the environment variable {name}, which is not set on {platform.node()}. Set it for "
+            f"the driver and on every machine that trains."
+        )
+    _secrets.add(os.environ[name])
+    return os.environ[name]
+
+
+def _without_secrets(text: str) -> str:
+    for secret in _secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+def _restore(url: str, options: Options, retry_s: float) -> Storage:
+    return Storage(url, options, retry_s=retry_s)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _link_new(temporary: str, target: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 
 from relora_ray.config import RunConfig
 from relora_ray.conformance.__main__ import make_data
+from tests import ceph
+from tests.s3 import FaultyProxy, Server
 from tests.tiny import tiny_config
 
 torch.set_num_threads(1)
@@ -44,3 +47,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cfg(data: Path, tmp_path: Path) -> RunConfig:
     """ReLoRA: 3 warm-start updates and 3 cycles of 3."""
     return tiny_config(data, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """`server("moto")`: an S3 server of this kind (see Server), one for the whole session. Skips the test where Ceph is
+    not installed and cannot be."""
+    running: dict[str, Server] = {}
+
+    def get(kind: str) -> Server:
+        if kind == "ceph" and (why := ceph.install()):
+            pytest.skip(f"Ceph cannot be installed: {why}")
+        if kind not in running:
+            running[kind] = Server(kind, tmp_path_factory.mktemp(kind))
+            running[kind].start()
+        return running[kind]
+
+    yield get
+    for started in running.values():
+        started.kill()
+
+
+@pytest.fixture
+def moto(server: Callable[[str], Server]) -> Server:
+    return server("moto")
+
+
+@pytest.fixture
+def proxy(moto: Server) -> Iterator[FaultyProxy]:
+    """In front of moto."""
+    proxy = FaultyProxy(moto.endpoint)
+    yield proxy
+    proxy.close()

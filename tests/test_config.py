@@ -110,6 +110,14 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["name=a/b"], ["name='a/b'", "pattern"]),
         (["train.skip_steps=[12]"], ["train.skip_steps has 12", "they are 0 to 11"]),
         (["storage=s3://key:secret@bucket/x"], ["must not carry credentials"]),
+        (
+            ["storage_options.secret=hunter2"],
+            ["storage_options.secret must not be written out", "secret: $STORAGE_SECRET"],
+        ),
+        (
+            ["data.storage_options={client_kwargs: {aws_session_token: hunter2}}"],
+            ["data.storage_options.client_kwargs"],
+        ),
         (["steps"], ["override 'steps' is not of the form key=value"]),
         (["seed.x=1"], ["'seed' is a value, not a section"]),
     ],
@@ -119,6 +127,7 @@ def test_error_names_value_rule_and_fix(overrides: list[str], expected: list[str
         parse_config(TINY, overrides)
     for part in expected:
         assert part in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_secret_in_a_storage_url_is_not_repeated() -> None:

@@ -239,6 +239,6 @@ def test_flipped_bit_is_caught_at_the_next_boundary_and_nothing_is_saved(cfg: Ru
 def test_failed_share_of_one_rank_is_told_to_all_and_not_committed(cfg: RunConfig, two: Any) -> None:
     for rank in two:
         error = rank["unwritable"]["error"]
-        assert error.startswith("StorageError: cannot save delta/step-00000004-"), error
+        assert error.startswith("NotSavedError: 9 updates, up to step 12, are not stored, and checkpoint.max_"), error
         assert "rank 1: cannot write" in error
     assert list_manifests(run_storage(renamed(cfg, "unwritable"))) == [0, 2, 3]

@@ -183,11 +183,11 @@ def test_init_from_a_run_begins_where_it_ended(cfg: RunConfig, data: Path, tmp_p
     _, records = run(second)
     assert next(r for r in records if r["kind"] == "eval")["loss"] == pytest.approx(ended_at, rel=1e-6)
     early = tiny_config(data, tmp_path, "name=early", f"model.init_from={run_storage(cfg).url}@4")
-    dense = load_trained(run_storage(cfg).url, 4)
+    dense = load_trained(run_storage(cfg), 4)
     expected = dense.method.dense_state_dict(dense.model)["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(Crash):
         run(early, crash_at(0, "checkpoint"))
-    began = load_trained(run_storage(early).url, 0).model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    began = load_trained(run_storage(early), 0).model.state_dict()["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(began, expected)
     assert first.position.step == 12
 
@@ -198,7 +198,7 @@ def test_init_from_a_hugging_face_folder(cfg: RunConfig, data: Path, tmp_path: P
     second = tiny_config(data, tmp_path, "name=second", f"model.init_from={folder}")
     with pytest.raises(Crash):
         run(second, crash_at(0, "checkpoint"))
-    began = load_trained(run_storage(second).url, 0).model.state_dict()
+    began = load_trained(run_storage(second), 0).model.state_dict()
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(began[n], t) for n, t in plain.items())
 

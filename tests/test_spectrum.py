@@ -44,9 +44,9 @@ def test_rank_grows_beyond_r_with_every_merge_and_is_at_most_k_times_r(data: Pat
     """The claim that the method is named for. Full-rank training has no such bound, LoRA never exceeds r."""
     cfg = tiny_config(data, tmp_path, method=RELORA)
     run(cfg)
-    url = run_storage(cfg).url
+    storage = run_storage(cfg)
     for merges, step in enumerate((6, 9, 12), start=1):
-        for layer in run_spectrum(url, step=step).layers:
+        for layer in run_spectrum(storage, step=step).layers:
             assert layer.rank <= 3 * merges, layer.path
             assert layer.rank > 3 * (merges - 1), layer.path
     lora = tiny_config(
@@ -56,8 +56,8 @@ def test_rank_grows_beyond_r_with_every_merge_and_is_at_most_k_times_r(data: Pat
     full = tiny_config(data, tmp_path, "name=full", method={"kind": "full"}, schedule={"kind": "cosine"})
     for other in (lora, full):
         run(other)
-    assert {layer.rank for layer in run_spectrum(run_storage(lora).url).layers} == {3}
-    assert min(layer.rank for layer in run_spectrum(run_storage(full).url, from_step=4).layers) > 16
+    assert {layer.rank for layer in run_spectrum(run_storage(lora)).layers} == {3}
+    assert min(layer.rank for layer in run_spectrum(run_storage(full), from_step=4).layers) > 16
 
 
 @pytest.mark.parametrize(("frozen_weights", "most"), [("bf16_int8", 9), ("bf16", 9)])
@@ -66,12 +66,12 @@ def test_rounding_of_the_weights_is_not_counted_as_rank(
 ) -> None:
     cfg = tiny_config(data, tmp_path, method=RELORA | {"frozen_weights": frozen_weights})
     run(cfg)
-    assert max(layer.rank for layer in run_spectrum(run_storage(cfg).url).layers) <= most
+    assert max(layer.rank for layer in run_spectrum(run_storage(cfg)).layers) <= most
 
 
 def test_page_plot_and_numbers_are_written(cfg: RunConfig, tmp_path: Path) -> None:
     run(cfg)
-    spectra = run_spectrum(run_storage(cfg).url)
+    spectra = run_spectrum(run_storage(cfg))
     assert (spectra.from_step, spectra.step, len(spectra.layers)) == (3, 12, 14)
     write([spectra], tmp_path / "out")
     page = (tmp_path / "out/README.md").read_text()
@@ -84,8 +84,8 @@ def test_page_plot_and_numbers_are_written(cfg: RunConfig, tmp_path: Path) -> No
 
 def test_checkpoint_that_is_gone_and_empty_span_are_refused(cfg: RunConfig) -> None:
     run(cfg)
-    url = run_storage(cfg).url
+    storage = run_storage(cfg)
     with pytest.raises(CheckpointError, match="has no checkpoint at step 5"):
-        run_spectrum(url, from_step=5)
+        run_spectrum(storage, from_step=5)
     with pytest.raises(ConfigError, match="no update between step 6 and step 6"):
-        run_spectrum(url, from_step=6, step=6)
+        run_spectrum(storage, from_step=6, step=6)

@@ -1,24 +1,36 @@
-"""Plain objects: atomic puts, create-once, errors that name the object. Local disk, a full one, and fsspec."""
+"""Plain objects: atomic puts, create-once, errors that name the object. Local disk, a full one, and S3 servers."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import subprocess
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from relora_ray.errors import StorageError
-from relora_ray.storage import Storage
+from relora_ray.errors import ConfigError, StorageError
+from relora_ray.storage import Storage, parse_options
+from tests.s3 import BUCKET, SECRET, FaultyProxy, Kind, Server, storage_options
+
+REMOTE = ["moto", "rclone", "ceph"]
 
 
-@pytest.fixture(params=["local", "file", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """A local folder, the same by URL, and an fsspec file system that is not a folder."""
+def s3_storage(endpoint: str, **options: object) -> Storage:
+    """A prefix of its own."""
+    return Storage(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage_options(endpoint) | options, retry_s=5)
+
+
+@pytest.fixture(params=["local", "file", "memory", *REMOTE])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, server: Callable[[str], Server]) -> Storage:
+    """A local folder, the same by URL, an fsspec file system that is not a folder, and S3 servers over a socket."""
+    if request.param in REMOTE:
+        return s3_storage(server(request.param).endpoint)
     return Storage(
         {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
     )
@@ -47,25 +59,31 @@ def test_child_is_a_prefix(storage: Storage) -> None:
     assert pickle.loads(pickle.dumps(storage.child("x"))).get("y/z") == b"1"
 
 
-def test_append(storage: Storage) -> None:
-    storage.append("log/one.jsonl", b"a\n")
-    storage.append("log/one.jsonl", b"b\n")
-    assert storage.get("log/one.jsonl") == b"a\nb\n"
-
-
 def test_missing_object_is_named(storage: Storage) -> None:
     with pytest.raises(StorageError, match=r"cannot read .*nowhere/x: ") as caught:
         storage.get("nowhere/x")
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_put_new_refuses_a_second_time(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+def test_put_new_refuses_a_second_time(storage: Storage) -> None:
     storage.put_new("once", b"first")
     with pytest.raises(FileExistsError, match="once exists already"):
         storage.put_new("once", b"second")
     assert storage.get("once") == b"first"
     assert storage.list() == ["once"]
+
+
+def test_probe_tells_whether_two_writers_can_be_told_apart(storage: Storage, request: pytest.FixtureRequest) -> None:
+    """rclone is known to ignore If-None-Match; memory:// to check it."""
+    assert storage.honours_put_new() is ("rclone" not in request.node.name)
+    assert storage.list() == []
+
+
+def test_large_object_goes_in_pieces(storage: Storage) -> None:
+    data = os.urandom(2**20) * 101  # above s3fs's bound for one put
+    storage.put("large", data)
+    assert storage.size("large") == len(data)
+    assert storage.get("large") == data
 
 
 def test_unfinished_write_is_not_listed_and_leaves_no_object(tmp_path: Path) -> None:
@@ -115,30 +133,130 @@ def test_folder_that_cannot_be_read_is_an_error_and_not_empty(tmp_path: Path, mo
         storage.list("manifests")
 
 
-class PassingError(Exception):
-    """Like botocore's: not an OSError."""
+FAST = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
 
 
-def test_remote_failure_that_passes_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", ["500", "503", "reset", "silent"])
+@pytest.mark.parametrize("action", ["GET", "PUT", "HEAD"])
+def test_failure_in_passing_is_tried_again(
+    kind: Kind, action: str, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    storage = Storage(f"memory://{uuid.uuid4().hex}")
-    storage.put("x", b"1")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    failures = [PassingError("timeout"), OSError("reset")]
-    original = storage._fs.cat_file
+    storage = s3_storage(proxy.endpoint, **FAST)
+    storage.put("x", b"1234")
+    times = 4 if kind == "reset" else 2  # where a connection breaks off aiohttp tries once more by itself
+    fault = proxy.add(kind, action, "/x", times)
+    if action == "PUT":
+        storage.put("x", b"56789")
+        assert storage.get("x") == b"56789"
+    else:
+        assert (storage.get("x") if action == "GET" else storage.size("x")) in (b"1234", 4)
+    assert fault.seen == times
+    assert "; try 2 in " in caplog.text
+    assert kind == "reset" or "; try 3 in " in caplog.text
 
-    def flaky(path: str) -> bytes:
-        if failures:
-            raise failures.pop()
-        return original(path)
 
-    monkeypatch.setattr(storage._fs, "cat_file", flaky)
-    assert storage.get("x") == b"1"
-    assert "try 2 of 4" in caplog.text
-    assert "try 3 of 4" in caplog.text
-    failures += [PassingError("down")] * 9
-    with pytest.raises(StorageError, match=r"cannot read .*/x: PassingError: down") as caught:
-        storage.get("x")
+@pytest.mark.parametrize("kind", ["truncated", "slow"])
+def test_body_that_breaks_off_or_trickles(kind: Kind, proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint, **FAST)
+    storage.put("x", bytes(100_000))
+    fault = proxy.add(kind, "GET", "/x")
+    assert storage.get("x") == bytes(100_000)
+    assert fault.seen == 1
+
+
+def test_failure_that_lasts_ends_within_its_bound(proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint)
+    proxy.add("503", "PUT", times=math.inf)
+    with pytest.raises(StorageError, match=r"cannot write s3://.*/x \(1 bytes\): .*\(\d+ tries in [0-6] s\)") as caught:
+        storage.put("x", b"1")
     assert caught.value.restart_helps
-    assert len(failures) == 5
+    assert len(proxy.log) >= 4
+
+
+@pytest.mark.parametrize("kind", ["403", "404"])
+def test_refusal_is_not_tried_again(kind: Kind, proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint)
+    proxy.add(kind, "PUT", times=math.inf)
+    with pytest.raises(StorageError, match=r"cannot write s3://.*/x"):
+        storage.put("x", b"1")
+    assert len(proxy.log) == 1
+
+
+def test_bucket_that_does_not_exist_is_refused(moto: Server) -> None:
+    storage = Storage("s3://nowhere/x", moto.options)
+    with pytest.raises(StorageError, match=r"cannot write s3://nowhere/x/y .*bucket does not exist"):
+        storage.put("y", b"1")
+
+
+def test_answer_of_a_put_that_was_lost_does_not_hide_the_object(proxy: FaultyProxy) -> None:
+    """The server stored it, the client never heard: the second try is refused by the first."""
+    storage = s3_storage(proxy.endpoint)
+    done: list[str] = []
+
+    def lose_the_answer(method: str, path: str) -> None:
+        if method == "PUT" and not done:
+            done.append(path)
+            s3_storage(proxy.target).child("").put("unused", b"")
+            Storage(f"s3:/{path.partition('?')[0]}", storage_options(proxy.target)).put("", b"mine")
+
+    proxy.on_request = lose_the_answer
+    proxy.add("reset", "PUT")
+    with pytest.raises(FileExistsError):
+        storage.put_new("once", b"mine")
+    assert storage.get("once") == b"mine"
+
+
+@pytest.mark.parametrize("kind", ["rclone", "ceph"])
+def test_wrong_key_is_refused_and_not_shown(
+    server: Callable[[str], Server], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("S3_TEST_SECRET", "wrong-secret-value")
+    storage = s3_storage(server(kind).endpoint)
+    with pytest.raises(StorageError) as caught:
+        storage.put("x", b"1")
+    assert "wrong-secret-value" not in str(caught.value)
+
+
+def test_secrets_in_messages_are_masked(monkeypatch: pytest.MonkeyPatch, proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(f"request signed with {SECRET} was refused")
+
+    monkeypatch.setattr(storage._fs, "pipe_file", refuse)
+    with pytest.raises(StorageError, match=r"signed with \*\*\* was refused"):
+        storage.put("x", b"1")
+
+
+def test_secrets_are_not_pickled(moto: Server) -> None:
+    storage = s3_storage(moto.endpoint)
+    storage.put("x", b"1")
+    pickled = pickle.dumps(storage)
+    assert SECRET.encode() not in pickled
+    assert pickle.loads(pickled).get("x") == b"1"
+
+
+def test_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("S3_TEST_SECRET")
+    with pytest.raises(ConfigError, match="name the environment variable S3_TEST_SECRET, which is not set on"):
+        s3_storage("http://127.0.0.1:1")
+
+
+def test_options_of_the_command_line() -> None:
+    assert parse_options(["endpoint_url=http://x:9", "anon=true"]) == {"endpoint_url": "http://x:9", "anon": True}
+    with pytest.raises(ConfigError, match="'anon' is not of the form key=value"):
+        parse_options(["anon"])
+
+
+@pytest.mark.parametrize("kind", ["rclone", "ceph"])
+def test_server_that_is_down_for_a_while_is_waited_for(server: Callable[[str], Server], kind: str) -> None:
+    """SIGKILL, and back after a second with all that was acknowledged."""
+    killed = server(kind)
+    storage = Storage(f"s3://{BUCKET}/{uuid.uuid4().hex}", storage_options(killed.endpoint))
+    storage.put("before", b"1")
+    killed.kill()
+    back = threading.Timer(1.0, killed.start)
+    back.start()
+    storage.put("after", b"2")
+    back.join()
+    assert storage.list() == ["after", "before"]

@@ -30,7 +30,7 @@ method: {kind: relora, lora_rank: 4, alpha: 8, warm_start_steps: 3, merge_every_
 optimizer: {learning_rate: 1.0e-2, weight_decay: 0.01}
 schedule: {kind: jagged_cosine, warmup_steps: 1, restart_warmup_steps: 1}
 train: {micro_batch_rows: 3, eval_rows: 5}
-checkpoint: {save_every_steps: 2, keep_last: 100}
+checkpoint: {save_every_steps: 2, keep_last: 100, save_async: false}
 """
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: one base, one delta and the manifest that commits them. No manifest, no checkpoint."""
 
-from relora_ray.checkpoint.checkpointer import Checkpointer, Position, restore_model
+from relora_ray.checkpoint.checkpointer import Checkpointer, Position, Saved, restore_model
+from relora_ray.checkpoint.commit import Commits, Committer, Outcome, Share
 from relora_ray.checkpoint.manifest import (
     Manifest,
     list_manifests,
@@ -10,8 +11,13 @@ from relora_ray.checkpoint.manifest import (
 
 __all__ = [
     "Checkpointer",
+    "Commits",
+    "Committer",
     "Manifest",
+    "Outcome",
     "Position",
+    "Saved",
+    "Share",
     "list_manifests",
     "plan_prune",
     "read_manifest",

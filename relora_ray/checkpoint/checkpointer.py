@@ -1,8 +1,8 @@
 """Saving and resuming a training state: the tensors of a model and its optimizer, and a position.
 
-`save` is called by every rank at the same step; rank 0 commits the manifest after all ranks' objects are
-stored. `resume` restores the newest checkpoint that is whole, in place, and says what was wrong with newer
-ones. Start, crash and restart are one path: the state after 0 updates is saved too.
+`save` is called by every rank at the same step. It copies this rank's share to host memory, and a thread stores it
+while training goes on; the manifest is committed when all ranks' shares are there (commit.py). `restore` brings a
+checkpoint back, in place. Start, crash and restart are one path: the state after 0 updates is saved too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -24,18 +25,11 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from relora_ray import __version__
-from relora_ray.checkpoint.manifest import (
-    Counters,
-    Manifest,
-    Part,
-    list_manifests,
-    manifest_path,
-    plan_prune,
-    read_manifest,
-)
-from relora_ray.checkpoint.parts import PartReader, PartWriter, read_index
+from relora_ray.checkpoint.commit import ATTEMPTS, Commits, Committer, GroupCommitter, Outcome, Share
+from relora_ray.checkpoint.manifest import Counters, Manifest, Part, list_manifests, manifest_path, read_manifest
+from relora_ray.checkpoint.parts import PartPlan, PartReader, plan_part, read_index, write_share
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, DamagedError, ReloraError, StorageError
+from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, ReloraError
 from relora_ray.optim import MOMENTS, STATE_NAMES
 from relora_ray.parallel import World, digest
 from relora_ray.storage import Storage
@@ -44,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
+
+LAST_WORDS_S = 60.0
+"""How long an attempt that failed waits for the save under way."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,36 @@ class Position:
     counters: Counters = field(default_factory=Counters)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What became of one save that was due."""
+
+    step: int
+    manifest: Manifest | None = None
+    """None if nothing was stored: see `why_not`."""
+    base_is_new: bool = False
+    blocked_s: float = 0.0
+    """Seconds that training waited."""
+    save_s: float = 0.0
+    """Seconds until the commit."""
+    why_not: str = ""
+
+
+@dataclass
+class _UnderWay:
+    """The save that a thread is working on."""
+
+    future: Future[tuple[Outcome, float]]
+    """The outcome, and when it was known."""
+    position: Position
+    base_is_new: bool
+    began: float
+    blocked_s: float = 0.0
+    reported: bool = False
+
+
 class Checkpointer:
-    """One attempt's checkpoints of one run. Made by every rank, at the same time."""
+    """One attempt's checkpoints of one run. Made by every rank, at the same time, and closed at its end."""
 
     def __init__(
         self,
@@ -68,12 +93,21 @@ class Checkpointer:
         *,
         data_fingerprint: str,
         tokens_per_step: int,
+        committer: Committer | None = None,
+        timeout_s: float = 600,
     ) -> None:
         self._storage, self._cfg, self._world = storage, cfg, world
         self._data_fingerprint, self._tokens_per_step = data_fingerprint, tokens_per_step
+        self._committer = committer or GroupCommitter(world, Commits(storage, cfg), timeout_s=timeout_s)
         self.attempt = self._on_first(lambda: _new_attempt(storage))
-        self._base: Part | None = None
-        self._base_boundary = -1
+        # Ranks hear of a commit at different steps, so these change only in `save` and `close`, where all have heard.
+        self._newest: Manifest | None = None
+        """The newest checkpoint that all ranks know to be stored."""
+        self._under_way: _UnderWay | None = None
+        self._failure = ""
+        """Why the last save that ended was not stored."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="relora-ray-save")
+        self._host = HostCopies()
 
     def newest(self) -> list[tuple[int, Manifest | DamagedError]]:
         """Steps and manifests, newest first; in place of an unreadable one, why. The same list on every rank."""
@@ -98,48 +132,85 @@ class Checkpointer:
         if bool(base) != (manifest.base is not None):
             raise CheckpointError(f"{manifest.path} and the model disagree on whether there are frozen weights.")
         for part, tensors in ((manifest.base, base), (manifest.delta, delta)):
-            if part is not None:
-                index = self._on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
-                _load_part(self._storage, part, index, tensors, no_dist=self._world.size == 1)
-        state_digest = digest(list((base | delta).values()))
-        self._world.assert_same(state_digest, f"after loading {manifest.path}")
-        if state_digest != manifest.digest:
-            raise DamagedError(f"{manifest.path} restored to another digest than it was saved with.")
-        self._base, self._base_boundary = manifest.base, manifest.boundary
+            if part is None:
+                continue
+            index = self._on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
+            _load_part(self._storage, part, index, tensors, no_dist=self._world.size == 1)
+            part_digest = digest(list(tensors.values()))
+            self._world.assert_same(part_digest, f"after loading {part.folder}")
+            if part_digest != part.digest:
+                raise DamagedError(
+                    f"{part.folder} of {manifest.path} restored to another digest than it was saved with."
+                )
+        self._newest = manifest
         return Position(manifest.step, manifest.boundary, manifest.counters)
 
     def save(
-        self, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]
-    ) -> tuple[Manifest, bool]:
-        """Store and commit the state at `position` (every rank, same step); prune what is no longer needed.
+        self,
+        position: Position,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        frozen: set[str],
+        *,
+        needed: bool = False,
+        commit_after: Future[Any] | None = None,
+    ) -> list[Saved]:
+        """Begin to store the state at `position` (every rank, same step); returns what became of earlier saves.
 
-        Returns the manifest and whether a base was written for it.
-        The base is written only if a boundary changed it since the last checkpoint. StorageError if an object
-        cannot be written: the run can still resume from the checkpoint before.
+        The base is written only if a boundary changed it since the last checkpoint. While an earlier save is under
+        way, one that is `needed`, brings a new base or would leave too many steps unsaved waits for it; any other is
+        left out. `commit_after`: the manifest is not committed before this is done, whatever comes of it.
+        Failures of storage are part of the result: the run can still resume from the checkpoint before. NotSavedError
+        when there have been too many.
         """
+        began = time.perf_counter()
+        if self._under_way is not None:
+            needed |= bool(frozen) and self._under_way.position.boundary != position.boundary
+            needed |= self._unsaved(position.step) > self._max_unsaved
+            busy = self._world.sum(float(not self._under_way.future.done()))[0] > 0  # ranks may not differ in this
+            if busy and not needed:
+                return [Saved(position.step, why_not=f"that of step {self._under_way.position.step} is under way")]
+        results = self._settle(position.step)
         base, delta = split_state(model, optimizer, frozen)
-        state_digest = digest(list((base | delta).values()))
-        self._world.assert_same(state_digest, f"before the checkpoint at step {position.step}")
-        base_is_new = bool(base) and (self._base is None or self._base_boundary != position.boundary)
-        if base_is_new:
-            self._base = self._store(f"base/step-{position.boundary:08d}-{self.attempt}", base)
-        self._base_boundary = position.boundary
-        manifest = Manifest(
-            step=position.step,
-            tokens=position.step * self._tokens_per_step,
-            boundary=position.boundary,
-            base=self._base,
-            delta=self._store(f"delta/step-{position.step:08d}-{self.attempt}", _without_zeros(delta)),
-            digest=state_digest,
-            counters=position.counters,
-            data_fingerprint=self._data_fingerprint,
-            attempt=self.attempt,
-            world_size=self._world.size,
-            versions=_versions(),
-            unix_time=time.time(),
-        )
-        self._on_first(lambda: self._commit(manifest))
-        return manifest, base_is_new
+        manifest, plans = self._draft(position, base, delta)
+        tensors = base | delta
+        mine = {
+            kind: self._host.take(kind, {name: tensors[name] for name in plan.names(self._world.rank)})
+            for kind, plan in plans.items()
+        }
+        self._host.synchronize()
+        future = self._thread.submit(self._store, manifest, plans, mine, commit_after)
+        self._under_way = _UnderWay(future, position, "base" in plans, began)
+        if not self._cfg.save_async:
+            future.exception()  # wait
+        self._under_way.blocked_s = time.perf_counter() - began
+        if not self._cfg.save_async:
+            results += self._settle(position.step)
+        return results
+
+    def poll(self) -> list[Saved]:
+        """What became of the save under way, as soon as this rank knows. Cheap: call it after every step."""
+        if self._under_way is None or not self._under_way.future.done():
+            return []
+        return self._report(self._under_way)
+
+    def close(self, *, failed: bool = False) -> list[Saved]:
+        """Wait for the save under way; the checkpointer is then of no more use (every rank).
+
+        NotSavedError if it was not stored. After a failure elsewhere (`failed`) nothing is raised: what can be stored
+        in `LAST_WORDS_S` seconds is.
+        """
+        if not failed:
+            results = self._settle(step=0)
+            self._thread.shutdown()
+            if self._failure:
+                raise NotSavedError(f"the last checkpoint was not stored: {self._with_advice(self._failure)}")
+            return results
+        if self._under_way is not None:
+            with contextlib.suppress(Exception):
+                self._under_way.future.result(timeout=LAST_WORDS_S)
+        self._thread.shutdown(wait=False)
+        return []
 
     def set_aside(self, step: int, reason: DamagedError) -> None:
         """Take the manifest of a damaged checkpoint out of the way of the one that will replace it (every rank)."""
@@ -152,47 +223,104 @@ class Checkpointer:
 
         self._on_first(move)
 
-    def _commit(self, manifest: Manifest) -> None:
-        record = manifest.model_dump_json(indent=1).encode()
-        try:
-            self._storage.put_new(manifest.path, record)
-        except FileExistsError as error:
-            # A client that repeats a put whose answer was lost is refused by its own object.
-            if self._storage.get(manifest.path) != record:
-                raise CheckpointError(
-                    f"{self._storage.url}/{manifest.path} was committed by somebody else: two drivers are on one run. "
-                    f"Stop one of them; this one stops now."
-                ) from error
-        try:
-            self._prune()
-        except StorageError as error:
-            logger.warning("old checkpoints could not be removed: %s", error)
+    def _draft(self, position: Position, base: Tensors, delta: Tensors) -> tuple[Manifest, dict[str, PartPlan]]:
+        """The manifest less the objects to be stored, and the plans of the delta and, if it is new, of the base."""
+        newest = self._newest
+        base_part = newest.base if newest is not None and newest.boundary == position.boundary and base else None
+        base_is_new = bool(base) and base_part is None
 
-    def _prune(self) -> None:
-        manifests = []
-        for step in list_manifests(self._storage):
-            with contextlib.suppress(DamagedError):  # one that nobody could resume from needs no folder
-                manifests.append(read_manifest(self._storage, step))
-        folders = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in self._storage.list(kind)}
-        dropped, unneeded = plan_prune(
-            manifests,
-            folders,
-            keep_last=self._cfg.keep_last,
-            keep_every_steps=self._cfg.keep_every_steps,
+        def part(kind: str, step: int, tensors: Tensors) -> Part:
+            value = digest(list(tensors.values()))
+            self._world.assert_same(value, f"before the checkpoint at step {position.step}")
+            return Part(folder=f"{kind}/step-{step:08d}-{self.attempt}", objects=(), digest=value)
+
+        delta_part = part("delta", position.step, delta)
+        plans = {"delta": plan_part(_without_zeros(delta), self._world.size)}
+        if base_is_new:
+            base_part = part("base", position.boundary, base)
+            plans["base"] = plan_part(base, self._world.size)
+        manifest = Manifest(
+            step=position.step,
+            tokens=position.step * self._tokens_per_step,
+            boundary=position.boundary,
+            base=base_part,
+            delta=delta_part,
+            counters=position.counters,
+            data_fingerprint=self._data_fingerprint,
             attempt=self.attempt,
+            world_size=self._world.size,
+            versions=_versions(),
+            unix_time=time.time(),
         )
-        for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
-            self._storage.delete(path)
+        return manifest, plans
 
-    def _store(self, folder: str, tensors: Tensors) -> Part:
-        writer = PartWriter(self._storage, folder, self._world.rank)
+    def _store(
+        self,
+        manifest: Manifest,
+        plans: dict[str, PartPlan],
+        mine: dict[str, Tensors],
+        commit_after: Future[Any] | None,
+    ) -> tuple[Outcome, float]:
+        """In the thread: put this rank's objects, then hand the share in. Returns the outcome and when it was known."""
+        error = ""
         try:
-            with _quiet():
-                dcp.save(tensors, storage_writer=writer, no_dist=self._world.size == 1)
-        except CheckpointException as error:
-            raise _first_cause(error, f"cannot save {folder}") from error
-        part: Part = self._world.broadcast(writer.part)
-        return part
+            for kind, plan in plans.items():
+                part: Part = getattr(manifest, kind)
+                objects = write_share(self._storage, part.folder, plan, self._world.rank, mine[kind])
+                manifest = manifest.model_copy(update={kind: part.model_copy(update={"objects": tuple(objects)})})
+        except ReloraError as caught:
+            error = str(caught)
+        except Exception as caught:  # the other ranks wait for this share, whatever happened
+            logger.exception("rank %d could not store its share", self._world.rank)
+            error = f"{type(caught).__name__}: {caught}"
+        if commit_after is not None:
+            wait([commit_after])
+        outcome = self._committer(Share(rank=self._world.rank, manifest=manifest, error=error))
+        return outcome, time.perf_counter()
+
+    def _settle(self, step: int) -> list[Saved]:
+        """Wait for the save under way: every rank then knows the same. NotSavedError if it failed and, at `step`, too
+        much is unsaved."""
+        if self._under_way is None:
+            return []
+        ended, self._under_way = self._under_way, None
+        outcome, _ = ended.future.result()
+        results = self._report(ended)
+        self._failure = outcome.error
+        if outcome.manifest is not None:
+            self._newest = outcome.manifest
+        elif self._unsaved(step) > self._max_unsaved:
+            raise NotSavedError(
+                f"{self._unsaved(step)} updates, up to step {step}, are not stored, and checkpoint.max_unsaved_steps="
+                f"{self._max_unsaved} allows no more: {self._with_advice(outcome.error)}"
+            )
+        return results
+
+    def _report(self, ended: _UnderWay) -> list[Saved]:
+        """What became of a save, once. CheckpointError if somebody else writes the run."""
+        outcome, known_at = ended.future.result()
+        if outcome.fatal:
+            raise CheckpointError(outcome.error)
+        if ended.reported:
+            return []
+        ended.reported = True
+        step = ended.position.step
+        if outcome.manifest is None and self._world.is_first:
+            logger.warning("the checkpoint at step %d was not stored: %s", step, self._with_advice(outcome.error))
+        return [
+            Saved(step, outcome.manifest, ended.base_is_new, ended.blocked_s, known_at - ended.began, outcome.error)
+        ]
+
+    @property
+    def _max_unsaved(self) -> int:
+        return self._cfg.max_unsaved_steps or 4 * self._cfg.save_every_steps
+
+    def _unsaved(self, step: int) -> int:
+        return step - (self._newest.step if self._newest is not None else 0)
+
+    def _with_advice(self, error: str) -> str:
+        there = f"step {self._newest.step}" if self._newest is not None else "its start"
+        return f"{error.rstrip('.')}. The run could resume from {there}."
 
     def _on_first(self, action: Callable[[], T]) -> T:
         """The result of `action` on rank 0, on every rank; its error is raised on every rank too."""
@@ -210,6 +338,35 @@ class Checkpointer:
         if error is not None:
             raise error
         return cast(T, result)
+
+
+class HostCopies:
+    """Copies of tensors in host memory, pinned if they come from a GPU, in buffers that the next copy uses again.
+
+    A rank holds one copy of its share of the delta, and from the first boundary on one of its share of the base.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensors] = {}
+
+    def take(self, kind: str, tensors: Tensors) -> Tensors:
+        """Copies of `tensors`, complete after `synchronize`; those of the last call for this kind are overwritten."""
+        old = self._buffers.get(kind, {})
+        new = {name: _buffer_for(tensor, old.get(name)) for name, tensor in tensors.items()}
+        self._buffers[kind] = new
+        for name, tensor in tensors.items():
+            new[name].copy_(tensor, non_blocking=True)
+        return new
+
+    def synchronize(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _buffer_for(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+        return old
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def restore_model(storage: Storage, manifest: Manifest, model: nn.Module, frozen: set[str]) -> None:
@@ -273,12 +430,12 @@ def _is_moment(name: str) -> bool:
 
 def _new_attempt(storage: Storage) -> str:
     """A name never used before on this run: a number that grows, claimed in `attempts/`, and random digits."""
-    number = max((int(path.removeprefix("attempts/")) for path in storage.list("attempts")), default=0)
+    number = max((int(path.rpartition("/")[2]) for path in storage.list(ATTEMPTS)), default=0)
     digits = uuid.uuid4().hex[:8]
     while True:
         number += 1
         with contextlib.suppress(FileExistsError):
-            storage.put_new(f"attempts/{number:04d}", digits.encode())
+            storage.put_new(f"{ATTEMPTS}/{number:04d}", digits.encode())
             return f"{number:04d}-{digits}"
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from relora_ray.errors import ConfigError, DamagedError
 from relora_ray.storage import Storage
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"manifests/step-(\d{8,})\.json")
 
 
@@ -37,6 +37,8 @@ class Part(_Record):
     folder: str
     """Relative to the run, such as delta/step-00012500-0003-1f2e3d4c."""
     objects: tuple[StoredObject, ...]
+    digest: int
+    """Of its tensors, those that are all zero and not stored included: equal states have equal digests."""
 
     @property
     def size_bytes(self) -> int:
@@ -61,8 +63,6 @@ class Manifest(_Record):
     """Finished updates at the last boundary: the age of the base."""
     base: Part | None
     delta: Part
-    digest: int
-    """Of the whole training state: equal states have equal digests."""
     counters: Counters
     data_fingerprint: str
     attempt: str

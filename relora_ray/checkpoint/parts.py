@@ -1,13 +1,13 @@
-"""torch.distributed.checkpoint on plain objects: safetensors files and a JSON index. Nothing is pickled.
-
-torch's planner decides who writes what (a replicated tensor is written once, spread over the ranks by bytes;
-any world size can read it back). Its own storage layer keeps a pickled `.metadata` and loses file-system
-settings on the way (`checkpoint_id`), so storage is ours: one folder holds
+"""The objects of a base or a delta: safetensors files and a JSON index. Nothing is pickled. One folder holds
 
     index.json                   {"tensors": {name: {dtype, shape, chunks: [{offsets, sizes, file, key}]}}}
     r00000-p000.safetensors      rank 0's first file, and so on
 
-Writers return size and SHA-256 of every object; readers check both before a byte is used.
+torch.distributed.checkpoint's planner decides who writes what: a replicated tensor is written once, spread over the
+ranks by bytes, and any world size can read it back. All ranks of a data-parallel run hold the same tensors, so each
+makes the whole plan by itself: nothing is asked of the others, and only its own share is copied to host memory.
+torch's own storage layer keeps a pickled `.metadata` and loses file-system settings on the way (`checkpoint_id`), so
+storage is ours. Size and SHA-256 of every object are recorded, and checked before a byte is used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,82 +31,110 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, WriteItemType
 from torch.futures import Future
 
 from relora_ray.checkpoint.manifest import Part, StoredObject
-from relora_ray.errors import DamagedError
+from relora_ray.errors import DamagedError, StorageError
 from relora_ray.storage import Storage
 
+Tensors = Mapping[str, torch.Tensor]
+T = TypeVar("T")
+U = TypeVar("U")
+
 INDEX = "index.json"
-MAX_FILE_BYTES = 256 * 2**20
-"""Bound of one file, hence of what a writer or reader holds beside the state itself."""
+MAX_FILE_BYTES = 64 * 2**20
+"""Bound of one file; a larger tensor is a file of its own."""
+NUM_IN_FLIGHT = 2
+"""Files that a rank writes or reads at a time: what it holds beside the state itself."""
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """Who writes what of one part. The same on every rank."""
+
+    files: tuple[dict[str, list[str]], ...]
+    """By rank: its files and the names of the tensors in them."""
+    index: bytes
+
+    def names(self, rank: int) -> list[str]:
+        """Tensors that this rank writes."""
+        return [name for names in self.files[rank].values() for name in names]
+
+
+def plan_part(tensors: Tensors, num_ranks: int) -> PartPlan:
+    """Spread tensors (on any device, meta too) over ranks and files."""
+    planner = DefaultSavePlanner()
+    # The planner gives each tensor to the rank with the least so far: largest first makes that even.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))
+    planner.set_up_planner({name: tensors[name] for name in ordered}, is_coordinator=True)
+    plans, _ = planner.create_global_plan([planner.create_local_plan()] * num_ranks)
+    files = []
+    for rank, plan in enumerate(plans):
+        assert all(item.type == WriteItemType.TENSOR for item in plan.items), "only whole tensors are saved"
+        files.append(_fill_files(tensors, [item.index.fqn for item in plan.items], rank))
+    index = {
+        name: _index_entry(tensors[name], name, file)
+        for of_rank in files
+        for file, names in of_rank.items()
+        for name in names
+    }
+    return PartPlan(tuple(files), json.dumps({"tensors": dict(sorted(index.items()))}, indent=1).encode())
+
+
+def _index_entry(tensor: torch.Tensor, name: str, file: str) -> dict[str, Any]:
+    shape = list(tensor.shape)
+    chunk = {"offsets": [0] * len(shape), "sizes": shape, "file": file, "key": name}
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "chunks": [chunk]}
+
+
+def _fill_files(tensors: Tensors, names: list[str], rank: int) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    room = 0
+    for name in names:
+        size = tensors[name].nbytes
+        if not files or size > room:
+            files[f"r{rank:05d}-p{len(files):03d}.safetensors"] = []
+            room = MAX_FILE_BYTES
+        files[next(reversed(files))].append(name)
+        room -= size
+    return files
+
+
+def write_share(storage: Storage, folder: str, plan: PartPlan, rank: int, tensors: Tensors) -> list[StoredObject]:
+    """Store a rank's files of one part, rank 0 the index too. `tensors`: on the CPU, and not changed meanwhile."""
+
+    def put(path: str) -> StoredObject:
+        if path == INDEX:
+            data = plan.index
+        else:
+            data = safetensors.torch.save({name: tensors[name] for name in plan.files[rank][path]})
+        storage.put(f"{folder}/{path}", data)
+        stored = StoredObject(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        if (found := storage.size(f"{folder}/{path}")) != stored.size_bytes:
+            raise StorageError(f"{storage.url}/{folder}/{path} has {found} bytes; {stored.size_bytes} were written.")
+        return stored
+
+    return in_flight(put, [*plan.files[rank], *([INDEX] if rank == 0 else [])])
+
+
+def in_flight(action: Callable[[T], U], items: Iterable[T]) -> list[U]:
+    """Results of `action` on all items, a few at a time; the first error, with no more begun after it."""
+    with ThreadPoolExecutor(NUM_IN_FLIGHT, thread_name_prefix="relora-ray-part") as pool:
+        futures = [pool.submit(action, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a chunk lies: the storage_data of torch's metadata and write results."""
+    """Where a chunk lies: the storage_data of torch's metadata."""
 
     stored: StoredObject
     key: str
-
-
-class PartWriter(StorageWriter):
-    """Writes one part, at once by all ranks. `part` is complete on the coordinator after `finish`."""
-
-    def __init__(self, storage: Storage, folder: str, rank: int) -> None:
-        self._storage, self._folder, self._rank = storage.child(folder), folder, rank
-        self.part: Part | None = None
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        assert checkpoint_id is None, "the folder is given to the constructor"
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        for number, items in enumerate(_fill_files(plan.items)):
-            tensors = {_chunk_key(item.index): _host_copy(planner.resolve_data(item)) for item in items}
-            stored = self._put(f"r{self._rank:05d}-p{number:03d}.safetensors", safetensors.torch.save(tensors))
-            results += [
-                WriteResult(
-                    index=item.index,
-                    size_in_bytes=tensors[_chunk_key(item.index)].nbytes,
-                    storage_data=_Placement(stored, _chunk_key(item.index)),
-                )
-                for item in items
-            ]
-        return _done(results)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        placements = {result.index: result.storage_data for of_rank in results for result in of_rank}
-        index = json.dumps({"tensors": _tensor_index(metadata, placements)}, indent=1).encode()
-        objects = {placement.stored for placement in placements.values()} | {self._put(INDEX, index)}
-        self.part = Part(folder=self._folder, objects=tuple(sorted(objects, key=lambda o: o.path)))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return False
-
-    def _put(self, path: str, data: bytes) -> StoredObject:
-        self._storage.put(path, data)
-        return StoredObject(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 class PartReader(StorageReader):
@@ -142,15 +172,18 @@ class PartReader(StorageReader):
         by_file: dict[StoredObject, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self._placements[item.storage_index].stored].append(item)
-        for stored, items in by_file.items():
+
+        def read(stored: StoredObject) -> None:
             tensors = safetensors.torch.load(read_checked(self._storage, self._part, stored))
-            for item in items:
+            for item in by_file[stored]:
                 chunk = tensors[self._placements[item.storage_index].key]
                 for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     chunk = chunk.narrow(dim, offset, length)
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(chunk)
                 planner.commit_tensor(item, target)
+
+        in_flight(read, by_file)
         return _done(None)
 
     @classmethod
@@ -168,66 +201,25 @@ def read_index(storage: Storage, part: Part) -> dict[str, Any]:
 
 
 def read_checked(storage: Storage, part: Part, recorded: StoredObject) -> bytes:
-    """The bytes of one object, if they are the ones that its manifest recorded; else DamagedError."""
+    """The bytes of one object, if they are the ones that its manifest recorded; else DamagedError.
+
+    Bytes that are wrong are read once more: they may have been spoilt on the way.
+    """
     path = f"{part.folder}/{recorded.path}"
-    size_bytes = storage.size(path)
-    if size_bytes is None:
-        raise DamagedError(f"{storage.url}/{path} is gone, though its manifest names it.")
-    if size_bytes != recorded.size_bytes:
+    for _ in range(2):
+        try:
+            data = storage.get(path)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise DamagedError(f"{storage.url}/{path} is gone, though its manifest names it.") from error
+            raise
+        if len(data) == recorded.size_bytes and hashlib.sha256(data).hexdigest() == recorded.sha256:
+            return data
+    if len(data) != recorded.size_bytes:
         raise DamagedError(
-            f"{storage.url}/{path} has {size_bytes:,} bytes; its manifest recorded {recorded.size_bytes:,}."
+            f"{storage.url}/{path} has {len(data):,} bytes; its manifest recorded {recorded.size_bytes:,}."
         )
-    data = storage.get(path)
-    if hashlib.sha256(data).hexdigest() != recorded.sha256:
-        raise DamagedError(f"{storage.url}/{path} is damaged: its SHA-256 is not the one its manifest recorded.")
-    return data
-
-
-def _fill_files(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """Split a rank's items into files of at most MAX_FILE_BYTES (one larger tensor is a file of its own)."""
-    files: list[list[WriteItem]] = []
-    room = 0
-    for item in items:
-        assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is not a tensor: only tensors are saved"
-        size = item.tensor_storage_size() or 0
-        if not files or size > room:
-            files.append([])
-            room = MAX_FILE_BYTES
-        files[-1].append(item)
-        room -= size
-    return files
-
-
-def _chunk_key(index: MetadataIndex) -> str:
-    """The chunk's name inside its file: the tensor's, plus the offset if it is not the tensor's beginning."""
-    if index.offset is None or not any(index.offset):
-        return index.fqn
-    return f"{index.fqn}@{','.join(map(str, index.offset))}"
-
-
-def _tensor_index(metadata: Metadata, placements: dict[MetadataIndex, _Placement]) -> dict[str, Any]:
-    tensors = {}
-    for name, entry in sorted(metadata.state_dict_metadata.items()):
-        assert isinstance(entry, TensorStorageMetadata)
-        chunks = []
-        for chunk in entry.chunks:
-            placed = placements[MetadataIndex(name, chunk.offsets)]
-            chunks.append(
-                {
-                    "offsets": list(chunk.offsets),
-                    "sizes": list(chunk.sizes),
-                    "file": placed.stored.path,
-                    "key": placed.key,
-                }
-            )
-        dtype = str(entry.properties.dtype).removeprefix("torch.")
-        tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
-    return tensors
-
-
-def _host_copy(tensor: Any) -> torch.Tensor:
-    assert isinstance(tensor, torch.Tensor)
-    return tensor.detach().cpu().contiguous()
+    raise DamagedError(f"{storage.url}/{path} is damaged: its SHA-256 is not the one its manifest recorded.")
 
 
 def _done(value: Any) -> Future[Any]:

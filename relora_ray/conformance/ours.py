@@ -154,7 +154,8 @@ def config(spec: Spec) -> RunConfig:
         "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.01},
         "schedule": {"kind": "jagged_cosine", "warmup_steps": 1, "restart_warmup_steps": 1},
         "train": {"micro_batch_rows": 3, "eval_rows": 5, "skip_steps": sorted(spec.skipped)},
-        "checkpoint": {"save_every_steps": 2, "keep_last": 100},
+        # Not in a thread: a check must know which checkpoints there are when it crashes the run.
+        "checkpoint": {"save_every_steps": 2, "keep_last": 100, "save_async": False},
     }
     return parse_config(yaml.safe_dump({k: v for k, v in raw.items() if v is not None}))
 

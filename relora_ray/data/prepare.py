@@ -37,7 +37,7 @@ from relora_ray.data.documents import FORMATS, read_documents
 from relora_ray.data.tokenizer import end_token_id, load_tokenizer, num_token_ids, tokenizer_sha256
 from relora_ray.data.tokens import DataIndex, Shard, Split, SplitIndex, shard_bytes, write_index
 from relora_ray.errors import ConfigError, DataError, ReloraError, StorageError
-from relora_ray.storage import Storage
+from relora_ray.storage import Storage, add_options_argument, parse_options
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 WORK = ".prepare"
@@ -52,6 +52,8 @@ class Request:
     sources: tuple[str, ...]
     out: str
     tokenizer: str
+    storage_option: tuple[str, ...] = ()
+    """key=value, for `out`."""
     validation_sources: tuple[str, ...] = ()
     validation_fraction: float | None = None
     """Share of documents held out by their hash; default 0.005, and none with validation_sources."""
@@ -110,7 +112,7 @@ class _Part:
 def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
     """Write the dataset and return its index. DataError or StorageError; nothing existing is overwritten."""
     _check(request)
-    storage = Storage(request.out)
+    storage = Storage(request.out, parse_options(request.storage_option))
     _claim(storage)
     tokenizer = load_tokenizer(request.tokenizer)
     vocab_size = num_token_ids(tokenizer)
@@ -364,8 +366,9 @@ def main() -> None:
     add("--shard-tokens", type=int, default=default.shard_tokens)
     add("--batch-mb", type=float, default=default.batch_mb, help="millions of characters per unit of work")
     add("--num-workers", type=int, default=default.num_workers)
+    add_options_argument(parser)
     args = vars(parser.parse_args())
-    args["sources"], args["validation_sources"] = tuple(args["sources"]), tuple(args["validation_sources"])
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     try:
         index = prepare(Request(**args))
     except ReloraError as error:

@@ -63,7 +63,7 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
         _say_what_is_missing(cfg, on_event)
         # On the driver's own node: without this, Ray may put it on a spot machine.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        coordinator = Coordinator.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        coordinator = Coordinator.options(scheduling_strategy=here).remote(to_yaml(cfg))  # type: ignore[attr-defined]
         with _watching(coordinator, on_event):
             _fit(cfg, coordinator)
 

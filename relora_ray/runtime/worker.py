@@ -10,6 +10,7 @@ import ray
 import ray.train.torch
 import torch
 
+from relora_ray.checkpoint import Outcome, Share
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ReloraError
 from relora_ray.loop import run_attempt
@@ -36,8 +37,12 @@ def train_worker(job: dict[str, Any]) -> None:
         if world.is_first:
             coordinator.tell.remote(record)
 
+    def commit(share: Share) -> Outcome:
+        outcome: Outcome = ray.get(coordinator.commit.remote(share))
+        return outcome
+
     try:
-        run_attempt(cfg, world, on_record=on_record)
+        run_attempt(cfg, world, on_record=on_record, committer=commit)
     except ReloraError as error:
         if not error.restart_helps:
             ray.get(coordinator.fail.remote(f"{type(error).__name__}: {error}"))

@@ -24,13 +24,13 @@ from relora_ray.storage import Storage
 
 def part(kind: str, step: int, attempt: str) -> Part:
     stored = StoredObject(path="index.json", size_bytes=10, sha256="0" * 64)
-    return Part(folder=f"{kind}/step-{step:08d}-{attempt}", objects=(stored,))
+    return Part(folder=f"{kind}/step-{step:08d}-{attempt}", objects=(stored,), digest=1)
 
 
 def manifest(step: int, boundary: int | None = None, attempt: str = "0001-aaaaaaaa") -> Manifest:
     return Manifest(
         step=step, tokens=0, boundary=boundary or 0, base=None if boundary is None else part("base", boundary, attempt),
-        delta=part("delta", step, attempt), digest=1, counters=Counters(), data_fingerprint="f", attempt=attempt,
+        delta=part("delta", step, attempt), counters=Counters(), data_fingerprint="f", attempt=attempt,
         world_size=1, versions={}, unix_time=0.0,
     )  # fmt: skip
 
@@ -113,5 +113,5 @@ def test_manifest_of_another_format_says_which_version_wrote_it(tmp_path: Path) 
     storage = Storage(str(tmp_path))
     newer = manifest(1).model_copy(update={"format": 9, "versions": {"relora_ray": "7.0"}})
     storage.put(newer.path, json.dumps({**newer.model_dump(), "a_new_key": 1}).encode())
-    with pytest.raises(ConfigError, match=r"has format 9; this version reads 1.*7\.0"):
+    with pytest.raises(ConfigError, match=r"has format 9; this version reads 2.*7\.0"):
         read_manifest(storage, 1)

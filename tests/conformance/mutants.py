@@ -121,7 +121,7 @@ class SavesBeforeTheMerge(Ours):
     """A checkpoint holds the state before the merge of its own step (torchrun_main.py:830 before :879)."""
 
     def train(self, spec: Spec) -> Trace:
-        cross, save = loop._cross_boundary, loop._save
+        cross, save = loop._cross_boundary, loop.Checkpointer.save
         before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def crossing(world: Any, method: Any, state: loop.TrainState, done: int) -> Any:
@@ -129,18 +129,18 @@ class SavesBeforeTheMerge(Ours):
                 before.extend((t, t.clone()) for t in state_tensors(state))
             return cross(world, method, state, done)
 
-        def saving(*args: Any) -> Any:
+        def saving(*args: Any, **kwargs: Any) -> Any:
             after = [(t, t.clone()) for t, _ in before]
             for tensor, value in before:
                 tensor.copy_(value)
             try:
-                return save(*args)
+                return save(*args, **kwargs)
             finally:
                 for tensor, value in after:
                     tensor.copy_(value)
                 before.clear()
 
-        with patch.object(loop, "_cross_boundary", crossing), patch.object(loop, "_save", saving):
+        with patch.object(loop, "_cross_boundary", crossing), patch.object(loop.Checkpointer, "save", saving):
             return super().train(spec)
 
 

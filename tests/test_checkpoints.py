@@ -1,0 +1,149 @@
+"""`python -m relora_ray.checkpoints`: list, show, verify, prune and copy, on a local folder and on S3."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from relora_ray import checkpoints
+from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.config import RunConfig
+from relora_ray.runs import claim, load_trained, read_config, run_storage
+from relora_ray.storage import Storage
+from tests.s3 import BUCKET, Server
+from tests.tiny import losses, run, state_digest, tiny_config
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Checkpoints at 0, 2, 3, 4, 6, 8, 9, 10, 12; boundaries at 3, 6, 9 and 12. Not to be changed."""
+    cfg = tiny_config(data, tmp_path_factory.mktemp("done"))
+    run(cfg)
+    return cfg
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Exit code and all output of one command."""
+
+    def call(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, args)])
+        code = checkpoints.main()
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def damage(storage: Storage, step: int) -> str:
+    """Flip a bit in the largest object of a delta; its path."""
+    part = read_manifest(storage, step).delta
+    path = f"{part.folder}/{max(part.objects, key=lambda o: o.size_bytes).path}"
+    raw = bytearray(storage.get(path))
+    raw[len(raw) // 2] ^= 1
+    storage.put(path, bytes(raw))
+    return path
+
+
+def test_list_has_a_line_for_every_checkpoint(done: RunConfig, cli) -> None:
+    code, text = cli("list", run_storage(done).url)
+    assert code == 0
+    lines = text.splitlines()[1:]
+    assert [int(line.split()[0]) for line in lines] == list_manifests(run_storage(done))
+    assert "none" in lines[0]
+    assert "the same" in lines[3]
+
+
+def test_show_says_what_a_checkpoint_holds_by_role(done: RunConfig, cli) -> None:
+    code, text = cli("show", run_storage(done).url, "--step", 10)
+    assert code == 0
+    for words in ("after 10 updates", "base", "delta", "first moments of adapters", "embeddings and head", "merges 2"):
+        assert words in text
+    assert "first moments of adapters" not in cli("show", run_storage(done).url)[1], "a merge has just cleared them"
+
+
+def test_verify_finds_a_flipped_bit_and_names_the_object(cfg: RunConfig, cli) -> None:
+    run(cfg)
+    storage = run_storage(cfg)
+    assert cli("verify", storage.url)[0] == 0
+    path = damage(storage, 8)
+    code, text = cli("verify", storage.url)
+    assert code == 1
+    wrong = [line for line in text.splitlines() if "as recorded" not in line]
+    assert len(wrong) == 1
+    assert path in wrong[0]
+    assert cli("verify", storage.url, "--step", 9)[0] == 0
+    storage.put("manifests/step-00000004.json", b"{")
+    assert "step-00000004.json is not a readable manifest" in cli("verify", storage.url)[1]
+
+
+def test_prune_is_a_dry_run_unless_told(cfg: RunConfig, cli) -> None:
+    run(cfg)
+    storage = run_storage(cfg)
+    before = storage.list()
+    code, text = cli("prune", storage.url, "--keep-last", 2, "--keep-every-steps", 4)
+    assert (code, storage.list()) == (0, before)
+    assert "would remove manifests/step-00000009.json" in text
+    assert "nothing was changed" in text
+    assert cli("prune", storage.url, "--keep-last", 2, "--keep-every-steps", 4, "--yes")[0] == 0
+    assert list_manifests(storage) == [0, 4, 8, 10, 12]
+    assert cli("verify", storage.url)[0] == 0
+    assert load_trained(storage, 8).manifest.step == 8
+
+
+def test_prune_leaves_what_no_manifest_names(cfg: RunConfig, cli) -> None:
+    """A run that goes on may be writing it."""
+    run(cfg)
+    storage = run_storage(cfg)
+    storage.put("delta/step-00000013-0001-ffffffff/r00000-p000.safetensors", b"under way")
+    cli("prune", storage.url, "--keep-last", 1, "--yes")
+    assert storage.exists("delta/step-00000013-0001-ffffffff/r00000-p000.safetensors")
+
+
+@pytest.mark.parametrize("to", ["local", "s3"])
+def test_copy_is_a_run_of_its_own(done: RunConfig, tmp_path: Path, moto: Server, to: str, cli) -> None:
+    """Resumed where it was copied to, it goes on as the original did."""
+    name = f"copy-{os.urandom(4).hex()}"
+    parent = str(tmp_path) if to == "local" else f"s3://{BUCKET}/copies"
+    options = moto.options if to == "s3" else {}
+    flags = [flag for key, value in options.items() for flag in ("--storage-option", f"{key}={value}")]
+    code, text = cli("copy", run_storage(done).url, f"{parent}/{name}", "--step", 8, *flags)
+    assert code == 0, text
+    out = Storage(f"{parent}/{name}", options)
+    assert list_manifests(out) == [8]
+    assert read_config(out).name == name
+    moved = done.model_copy(update={"storage": parent, "name": name, "storage_options": options})
+    state, after = run(claim(moved))
+    whole, records = run(done.model_copy(update={"storage": str(tmp_path / "whole")}))
+    assert state_digest(state) == state_digest(whole)
+    assert losses(after) == {step: loss for step, loss in losses(records).items() if step > 8}
+    code, text = cli("copy", run_storage(done).url, f"{parent}/{name}", *flags)
+    assert code == 2
+    assert "is not empty" in text
+
+
+def test_copy_refuses_damage(cfg: RunConfig, tmp_path: Path, cli) -> None:
+    run(cfg)
+    path = damage(run_storage(cfg), 12)
+    code, text = cli("copy", run_storage(cfg).url, tmp_path / "copy")
+    assert code == 1
+    assert path in text
+    assert list_manifests(Storage(str(tmp_path / "copy"))) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["list", "nowhere"], "is not a run"),
+        (["show", "RUN", "--step", "5"], "has no checkpoint at step 5. It has 0, 2, 3"),
+        (["copy", "RUN", "/tmp/x/bad name"], "name="),
+    ],
+)
+def test_what_cannot_be_done_is_refused(done: RunConfig, cli, args: list[str], expected: str) -> None:
+    code, text = cli(*[run_storage(done).url if arg == "RUN" else arg for arg in args])
+    assert code == 2
+    assert expected in text
