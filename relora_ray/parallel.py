@@ -106,9 +106,19 @@ def digest(tensors: Sequence[torch.Tensor]) -> int:
     Per tensor the sum of its bit patterns as integers, so it costs one pass on the device; sums are combined with odd
     multipliers, so tensors that changed places are seen too.
     """
+    return digest_of_sums(bit_sums(tensors))
+
+
+@torch.no_grad()
+def bit_sums(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Of each tensor, the sum of its bit patterns as integers: not 0 means that not all of it is zero."""
     sums = [_as_integers(t.detach().contiguous()).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack(sums).tolist() if sums else []
+
+
+def digest_of_sums(sums: Sequence[int]) -> int:
     value = 0
-    for total in torch.stack(sums).tolist() if sums else []:
+    for total in sums:
         value = (value * 6364136223846793005 + total + 1442695040888963407) % 2**63
     return value
 

@@ -51,6 +51,8 @@ _SECRET_VARIABLES = (
 _REFERENCE = re.compile(r"\$(\w+|\{\w+\})")
 _secrets: set[str] = set()
 """Values that must not be shown, of this process's environment and options."""
+_file_systems: dict[tuple[int, str, str], Any] = {}
+"""By process, kind and options: a client for every Storage would cost a tenth of a second and a connection each."""
 
 
 class Storage:
@@ -265,13 +267,16 @@ def _open(url: str, options: Options) -> tuple[Any, str]:
     is_s3 = url.startswith(("s3://", "s3a://"))
     if is_s3:
         given["config_kwargs"] = _S3_CLIENT | given.get("config_kwargs", {})
-    try:
-        fs, root = fsspec.core.url_to_fs(url, **given)
-    except (ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"{url} cannot be used as storage: {_without_secrets(str(error))}.") from error
-    if is_s3:
-        fs.retries = 1
-    return fs, root
+    key = (os.getpid(), url.partition("://")[0], repr(given))  # not across a fork: s3fs does not survive one
+    if key not in _file_systems:
+        try:
+            fs, _ = fsspec.core.url_to_fs(url, **given)
+        except (ValueError, ImportError, TypeError) as error:
+            raise ConfigError(f"{url} cannot be used as storage: {_without_secrets(str(error))}.") from error
+        if is_s3:
+            fs.retries = 1
+        _file_systems[key] = fs
+    return _file_systems[key], str(_file_systems[key]._strip_protocol(url))
 
 
 def _resolved(value: Any) -> Any:

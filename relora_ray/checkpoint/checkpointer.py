@@ -31,7 +31,7 @@ from relora_ray.checkpoint.parts import PartPlan, PartReader, plan_part, read_in
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, ReloraError
 from relora_ray.optim import MOMENTS, STATE_NAMES
-from relora_ray.parallel import World, digest
+from relora_ray.parallel import World, bit_sums, digest, digest_of_sums
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -229,15 +229,16 @@ class Checkpointer:
         base_part = newest.base if newest is not None and newest.boundary == position.boundary and base else None
         base_is_new = bool(base) and base_part is None
 
-        def part(kind: str, step: int, tensors: Tensors) -> Part:
-            value = digest(list(tensors.values()))
+        def part(kind: str, step: int, sums: list[int]) -> Part:
+            value = digest_of_sums(sums)
             self._world.assert_same(value, f"before the checkpoint at step {position.step}")
             return Part(folder=f"{kind}/step-{step:08d}-{self.attempt}", objects=(), digest=value)
 
-        delta_part = part("delta", position.step, delta)
-        plans = {"delta": plan_part(_without_zeros(delta), self._world.size)}
+        delta_sums = bit_sums(list(delta.values()))
+        delta_part = part("delta", position.step, delta_sums)
+        plans = {"delta": plan_part(_without_zeros(delta, delta_sums), self._world.size)}
         if base_is_new:
-            base_part = part("base", position.boundary, base)
+            base_part = part("base", position.boundary, bit_sums(list(base.values())))
             plans["base"] = plan_part(base, self._world.size)
         manifest = Manifest(
             step=position.step,
@@ -413,14 +414,14 @@ def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Ten
         raise _first_cause(error, f"cannot load {part.folder}") from error
 
 
-def _without_zeros(delta: Tensors) -> Tensors:
-    """`delta` less the moments that hold zeros only: right after a start or a reset that is most of them."""
-    moments = [name for name in delta if _is_moment(name)]
-    if not moments:
+def _without_zeros(delta: Tensors, sums: list[int]) -> Tensors:
+    """`delta` less the moments that hold zeros only: right after a start or a reset that is most of them. `sums`: of
+    the tensors' bits, so that -0.0 counts as something, and only those that may be empty need another look."""
+    maybe = [name for name, total in zip(delta, sums, strict=True) if _is_moment(name) and total == 0]
+    if not maybe:
         return delta
-    # By bits, so that -0.0 is kept as it is.
-    nonzero = torch.stack([delta[name].view(torch.int32).any() for name in moments]).tolist()
-    empty = {name for name, any_nonzero in zip(moments, nonzero, strict=True) if not any_nonzero}
+    nonzero = torch.stack([delta[name].view(torch.int32).any() for name in maybe]).tolist()
+    empty = {name for name, any_nonzero in zip(maybe, nonzero, strict=True) if not any_nonzero}
     return {name: tensor for name, tensor in delta.items() if name not in empty}
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from relora_ray import loop
+from relora_ray.checkpoint import commit
 from relora_ray.config import LoraConfig, ResetConfig
 from relora_ray.conformance.implementation import Spec, Trace
 from relora_ray.conformance.ours import Ours, state_tensors
@@ -164,6 +165,7 @@ class DrawsFromGlobalState(Ours):
         with (
             patch.object(relora, "redraw_all_", _redraw_from_global_state),
             patch.object(World, "assert_same", unchecked),
+            patch.object(commit, "_heading", lambda manifest: manifest.step),
         ):
             return super().train(spec)
 
