@@ -8,6 +8,7 @@ Steps count optimizer updates, from 0. "After step s" and every `*_steps` value 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -57,9 +58,16 @@ _SECRET_OPTION = re.compile(r"(^|_)(key|secret|token|password|passwd|credentials
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
-def _storage_options(value: dict[str, Any] | None) -> dict[str, Any] | None:
+class _Options(dict[str, Any]):
+    """A config is frozen, and so may be a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _storage_options(value: dict[str, Any]) -> dict[str, Any]:
     """Options as given; a secret among them must be the name of an environment variable."""
-    for dotted, option in flatten(value or {}).items():
+    for dotted, option in flatten(value).items():
         if _SECRET_OPTION.search(dotted) and not (isinstance(option, str) and _VARIABLE.fullmatch(option)):
             name = dotted.rpartition(".")[2].upper()
             raise PydanticCustomError(
@@ -70,7 +78,7 @@ def _storage_options(value: dict[str, Any] | None) -> dict[str, Any] | None:
                     f"variable that holds it, such as {dotted}: $STORAGE_{name}."
                 },
             )
-    return value
+    return _Options(value)
 
 
 Options = Annotated[dict[str, Any], AfterValidator(_storage_options)]

@@ -29,6 +29,12 @@ AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Copies of remote data go to the tests' own folder."""
+    os.environ["RELORA_RAY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def austen_excerpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 200,000 characters of the novels, as plain text."""

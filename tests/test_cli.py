@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +15,11 @@ import transformers
 
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
+from relora_ray.metrics import read
 from relora_ray.runs import run_storage
 from relora_ray.storage import Storage
-from tests.tiny import TINY, run
+from tests.s3 import BUCKET, SECRET, Server
+from tests.tiny import TINY, losses, run, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,6 +114,31 @@ def test_own_text_from_tokenizer_to_shards(austen_excerpt: Path, tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "vocabulary 400, fingerprint" in done.stdout
+
+
+def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, tmp_path: Path, moto: Server) -> None:
+    """SIGKILL of the driver, storage on S3: Ray goes with it, and the next start gives the undisturbed run's losses."""
+    options = json.dumps(moto.options)
+    storage = f"s3://{BUCKET}/driver-{os.urandom(4).hex()}"
+    command = [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
+               f"storage_options={options}", "train.log_every_steps=1",
+               "steps=123", "checkpoint.save_async=true"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if (at := re.match(r"step +(\d+)/", line)) and int(at[1]) >= 20:
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    there = Storage(f"{storage}/tiny", moto.options)
+    assert 0 < list_manifests(there)[-1] < 123
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert SECRET not in done.stdout + done.stderr
+    _, records = run(tiny_config(data, tmp_path, "steps=123", "train.log_every_steps=1"))
+    found = {r["step"]: r["loss"] for r in read(there, "train")}
+    assert found.keys() == losses(records).keys()
+    assert found == pytest.approx(losses(records), rel=1e-5)
 
 
 def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tmp_path: Path) -> None:

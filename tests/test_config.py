@@ -213,3 +213,12 @@ def test_typo_is_refused_without_torch_or_ray(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert not {"torch", "ray", "transformers"} & imported
     print(f"refused in {took:.2f} s")
+
+
+def test_config_can_be_a_key() -> None:
+    """Schedules are kept by config."""
+    options = "storage_options={endpoint_url: 'http://x', client_kwargs: {region_name: eu}}"
+    first, second = parse_config(TINY, [options]), parse_config(TINY, [options])
+    assert {first, second} == {first}
+    assert hash(first) != hash(parse_config(TINY))
+    assert parse_config(to_yaml(first)) == first

@@ -15,8 +15,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -93,8 +91,8 @@ def write_index(storage: Storage, index: DataIndex) -> None:
 
 
 class TokenRows:
-    """Rows of one split. Local shards are memory-mapped; remote ones are copied to a local folder when first
-    touched (once per process)."""
+    """Rows of one split. Shards are memory-mapped; remote ones are first copied to this machine's cache (see
+    `cache_folder`), each when it is first touched."""
 
     def __init__(self, storage: Storage, index: DataIndex, split: Split, seq_len: int) -> None:
         self._storage, self._split, self._seq_len = storage, index.splits[split], seq_len
@@ -132,22 +130,28 @@ class TokenRows:
         return self._arrays[number]
 
     def _open(self, shard: Shard) -> Tokens:
-        if self._storage.is_local:
-            path = f"{self._storage.url}/{shard.file}"
-        else:
-            path = os.path.join(self._cache, shard.file)
-            with open(path, "wb") as file:
-                file.write(read_shard(self._storage, shard))
+        path = f"{self._storage.url}/{shard.file}" if self._storage.is_local else _cached(self._storage, shard)
         try:
             array: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}. Prepare the data again.") from error
         return array
 
-    @cached_property
-    def _cache(self) -> str:
-        self._folder = tempfile.TemporaryDirectory(prefix="relora-ray-tokens-")
-        return self._folder.name
+
+def cache_folder() -> str:
+    """Where copies of remote shards lie, by their SHA-256: shared by all processes and runs of this machine, and kept.
+    `RELORA_RAY_CACHE` chooses another folder; it needs room for the shards that are read."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("RELORA_RAY_CACHE") or os.path.join(home, "relora_ray")
+
+
+def _cached(storage: Storage, shard: Shard) -> str:
+    """The path of a local copy, which is made if it is not there yet."""
+    cache = Storage(cache_folder())
+    name = f"shards/{shard.sha256}.npy"
+    if not cache.exists(name):  # put is atomic: what is there is whole
+        cache.put(name, read_shard(storage, shard))
+    return f"{cache.url}/{name}"
 
 
 def read_shard(storage: Storage, shard: Shard) -> bytes:

@@ -61,6 +61,7 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError."""
     with _ray(cfg):
         _say_what_is_missing(cfg, on_event)
+        _say_if_drivers_cannot_be_told_apart(cfg, on_event)
         # On the driver's own node: without this, Ray may put it on a spot machine.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         coordinator = Coordinator.options(scheduling_strategy=here).remote(to_yaml(cfg))  # type: ignore[attr-defined]
@@ -116,7 +117,21 @@ def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
                 f"cluster.workers={cfg.cluster.workers} need {amount:g} {kind}s and the cluster has "
                 f"{there.get(kind, 0):g}: waiting for more nodes. Without an autoscaler, lower cluster.workers."
             )
-            on_event({"kind": "log", "level": "WARNING", "rank": "driver", "message": message})
+            on_event(_warning(message))
+
+
+def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -> None:
+    storage = run_storage(cfg)
+    if not storage.is_local and not storage.honours_put_new():
+        message = (
+            f"the server of {storage.url} ignores If-None-Match: if two drivers train this run and commit a checkpoint "
+            f"at the same moment, neither is told. Keep to one."
+        )
+        on_event(_warning(message))
+
+
+def _warning(message: str) -> Event:
+    return {"kind": "log", "level": "WARNING", "rank": "driver", "message": message}
 
 
 def _train_storage(cfg: rc.RunConfig, scratch: str) -> str:

@@ -72,7 +72,8 @@ def test_short_shard_is_refused(copy: Path) -> None:
         TokenRows(Storage(str(copy)), index, "train", 24).read(np.array([0]))
 
 
-def test_damaged_remote_shard_is_refused(data: Path) -> None:
+def test_damaged_remote_shard_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELORA_RAY_CACHE", str(tmp_path))
     local, remote = Storage(str(data)), Storage("memory://damaged")
     for path in local.list():
         remote.put(path, local.get(path))

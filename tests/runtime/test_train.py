@@ -33,7 +33,7 @@ def local_ray() -> Iterator[None]:
 
 
 def config(data: Path, folder: Path, *overrides: str) -> RunConfig:
-    return preflight(tiny_config(data, folder, "cluster.workers=2", *overrides))
+    return preflight(tiny_config(data, folder, "cluster.workers=2", "checkpoint.save_async=true", *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_killed_worker_changes_nothing_in_the_result(
     assert killed.is_set()
     attempts = read_all(run_storage(cfg), "attempt")
     assert len(attempts) == 2, "the kill took place"
-    assert 12 <= attempts[1]["step"] < 93
+    assert 0 < attempts[1]["step"] < 93
     assert losses(cfg) == losses(reference)
     assert evals(cfg) == evals(reference)
 

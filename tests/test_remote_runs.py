@@ -1,0 +1,139 @@
+"""Whole runs on S3: data, checkpoints, metrics and export on three servers; and on one that fails all the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+
+from relora_ray.checkpoint import list_manifests
+from relora_ray.checkpoints import verify
+from relora_ray.config import RunConfig
+from relora_ray.data.tokens import cache_folder
+from relora_ray.errors import ConfigError, DataError
+from relora_ray.export import export
+from relora_ray.metrics import read
+from relora_ray.report import summary
+from relora_ray.runs import data_storage, run_storage
+from relora_ray.storage import Storage
+from tests.s3 import BUCKET, SECRET, FaultyProxy, Server, storage_options
+from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
+
+
+@pytest.fixture
+def remote(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """A tiny run whose data and storage are on the server at an endpoint."""
+    monkeypatch.setenv("RELORA_RAY_CACHE", str(tmp_path / "cache"))
+
+    def make(endpoint: str, *overrides: str) -> RunConfig:
+        options, prefix = storage_options(endpoint), f"s3://{BUCKET}/{os.urandom(4).hex()}"
+        local, there = Storage(str(data)), Storage(f"{prefix}/data", options)
+        for path in local.list():
+            there.put(path, local.get(path))
+        settings = [f"data.path={prefix}/data", f"storage_options={json.dumps(options)}", "checkpoint.save_async=true"]
+        cfg = tiny_config(data, Path("unused"), *settings, *overrides)
+        return cfg.model_copy(update={"storage": f"{prefix}/runs"})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["moto", "rclone", "ceph"])
+def test_whole_run_on_a_server(
+    remote: Callable[..., RunConfig],
+    server: Callable[[str], Server],
+    kind: str,
+    cfg: RunConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Stopped, gone on with, reported and exported, all over the socket; the result is the local run's."""
+    there = remote(server(kind).endpoint)
+    with pytest.raises(Crash):
+        run(there, crash_at(8, "train"))
+    state, after = run(there)
+    whole, records = run(cfg)
+    assert state_digest(state) == state_digest(whole)
+    assert losses(after) == {step: loss for step, loss in losses(records).items() if step in losses(after)}
+    assert {r["step"]: r["loss"] for r in read(run_storage(there), "train")} == losses(records), "no metrics are lost"
+    assert [wrong for _, wrong in verify(run_storage(there), None) if wrong] == []
+    assert "after step      12" in summary(run_storage(there))
+    options = storage_options(server(kind).endpoint)
+    out = Storage(f"{there.storage}/exported", options)
+    assert export(run_storage(there), out) == 12
+    local = Storage(str(tmp_path / "exported"))
+    for path in out.list():
+        local.put(path, out.get(path))
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(local.url, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    everything = Storage(there.storage.removesuffix("/runs"), options)
+    assert [path for path in everything.list() if SECRET.encode() in everything.get(path)] == []
+    assert SECRET not in caplog.text
+
+
+def test_run_is_the_same_while_every_fifth_request_fails(
+    remote: Callable[..., RunConfig], proxy: FaultyProxy, cfg: RunConfig
+) -> None:
+    """500, 503, connections that break off, answers that are lost, bodies that are cut short: seeded, any request."""
+    there = remote(proxy.endpoint)
+    choose, kinds = random.Random(7), ["500", "503", "reset", "lost", "truncated"]
+    seen: list[str] = []
+
+    def fail_at_times(method: str, path: str) -> None:
+        if choose.random() < 0.2:
+            kind = choose.choice(kinds)
+            seen.append(kind)
+            proxy.add(kind, method, path)  # type: ignore[arg-type]
+
+    proxy.on_request = fail_at_times
+    with pytest.raises(Crash):
+        run(there, crash_at(7, "train"))
+    state, _ = run(there)
+    proxy.on_request = lambda method, path: None
+    whole, records = run(cfg)
+    assert len(set(seen)) >= 3
+    assert len(seen) > 10
+    assert state_digest(state) == state_digest(whole)
+    assert {r["step"]: r["loss"] for r in read(run_storage(there), "train")} == losses(records)
+    assert list_manifests(run_storage(there))[-1] == 12
+    assert [wrong for _, wrong in verify(run_storage(there), None) if wrong] == []
+
+
+def test_remote_shards_are_copied_once_and_checked(
+    remote: Callable[..., RunConfig], proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    there = remote(proxy.endpoint)
+    run(there)
+    shards = Storage(f"{cache_folder()}/shards").list()
+    assert shards
+    before = len(proxy.log)
+    run(there.model_copy(update={"name": "again"}))
+    assert [path for method, path in proxy.log[before:] if ".npy" in path and method == "GET"] == []
+    storage = data_storage(there)
+    path = next(path for path in storage.list() if path.startswith("train-"))
+    storage.put(path, storage.get(path)[:-1] + b"\xff")
+    Storage(cache_folder()).delete("shards")
+    with pytest.raises(DataError, match=r"train-.* is damaged: its SHA-256 is not the index's"):
+        run(there.model_copy(update={"name": "damaged"}))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("403", "Access ?Denied|injected"), ("404", "injected|not exist")])
+def test_storage_that_refuses_is_an_error_before_training(
+    remote: Callable[..., RunConfig], proxy: FaultyProxy, kind: str, expected: str
+) -> None:
+    from relora_ray.errors import StorageError
+
+    there = remote(proxy.endpoint)
+    proxy.add(kind, "PUT", times=float("inf"))  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match=f"cannot write s3://.*({expected})"):
+        run(there)
+
+
+def test_file_system_whose_package_is_missing_is_named(cfg: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"gs://bucket/runs cannot be used as storage: .*gcsfs"):
+        run(cfg.model_copy(update={"storage": "gs://bucket/runs"}))
