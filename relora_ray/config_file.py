@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from relora_ray.config import METHOD_KINDS, RunConfig, Section, flatten, nearest
 from relora_ray.errors import ConfigError
+from relora_ray.masking import SECRET_NAME
 
-_CREDENTIALS = re.compile(r"://[^/@\s]*@")
+_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -119,7 +120,8 @@ def _explain(detail: Any) -> list[str]:
         hint = nearest(keys[-1], known)
         if keys[0] == "method" and (owners := [k for k, c in METHOD_KINDS.items() if keys[-1] in c.model_fields]):
             hint = f" It belongs to kind {' and '.join(owners)}: give the whole section, as in 'method={{kind: full}}'."
-        return [f"unknown key {dotted}={detail['input']!r}.{hint} Known here: {', '.join(known)}."]
+        shown = "***" if SECRET_NAME.search(keys[-1]) else repr(detail["input"])
+        return [f"unknown key {dotted}={shown}.{hint} Known here: {', '.join(known)}."]
     field = section.model_fields.get(keys[-1]) if section and keys else None
     doc = " ".join((field.description or "").split()) if field else ""
     if detail["type"] == "missing":
@@ -130,7 +132,8 @@ def _explain(detail: Any) -> list[str]:
             f"{dotted}.kind={given!r} is not a method. Use one of {', '.join(METHOD_KINDS)}."
             f"{nearest(str(given), list(METHOD_KINDS))}"
         ]
-    return [f"{dotted}={detail['input']!r}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
+    shown = "***" if "storage_options" in keys else repr(detail["input"])
+    return [f"{dotted}={shown}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
 
 
 def _scalar_problems(raw: dict[str, Any]) -> list[str]:

@@ -24,6 +24,10 @@ class StorageError(ReloraError):
     """An object could not be read or written. `restart_helps` unless the cause stays, such as a full disk."""
 
     restart_helps = True
+    missing = False
+    """There is no such object."""
+    exists = False
+    """There is one already, and there must not be."""
 
 
 class NotSavedError(StorageError):

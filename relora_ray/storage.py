@@ -10,6 +10,7 @@ again, each try logged, with a growing pause of random length, until `retry_s` s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ import fsspec
 import yaml
 
 from relora_ray.errors import ConfigError, StorageError
+from relora_ray.masking import SECRET_NAME, masked, remember
 
 T = TypeVar("T")
 Options = Mapping[str, Any]
@@ -42,15 +44,10 @@ _LASTING_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.E
 """Causes that neither a second try nor a restart removes."""
 _S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
 """Seconds without a byte; and one try, because trying again is done here."""
-_SECRET_VARIABLES = (
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AZURE_STORAGE_ACCOUNT_KEY",
-    "AZURE_STORAGE_SAS_TOKEN",
-)
+_CALL_S = 90.0
+_SLOWEST_BYTES_PER_S = 500_000
+"""What one remote call may take at most; reading is bounded by the client's read time-out besides."""
 _REFERENCE = re.compile(r"\$(\w+|\{\w+\})")
-_secrets: set[str] = set()
-"""Values that must not be shown, of this process's environment and options."""
 _file_systems: dict[tuple[int, str, str], Any] = {}
 """By process, kind and options: a client for every Storage would cost a tenth of a second and a connection each."""
 
@@ -90,7 +87,7 @@ class Storage:
         if self.is_local:
             self._guard("write", path, lambda: self._put_local(path, data, os.replace), len(data))
         else:
-            self._guard("write", path, lambda: self._fs.pipe_file(self._at(path), data), len(data))
+            self._guard("write", path, lambda: self._call("pipe_file", self._at(path), data), len(data))
 
     def put_new(self, path: str, data: bytes) -> None:
         """Write a whole object that must not exist yet; FileExistsError if it does.
@@ -108,17 +105,18 @@ class Storage:
                 self._put_local(path, data, _link_new)
                 return
             try:
-                self._fs.pipe_file(self._at(path), data, mode="create")
+                self._call("pipe_file", self._at(path), data, mode="create")
             except OSError as error:
-                if error.errno != errno.EINVAL:  # how Ceph refuses
+                # How Ceph refuses, and how s3fs names any request that is not valid.
+                if error.errno != errno.EINVAL or not self._call("exists", self._at(path)):
                     raise
                 raise FileExistsError(str(error)) from error
 
         try:
             self._guard("write", path, create, len(data))
         except StorageError as error:
-            if isinstance(error.__cause__, FileExistsError):
-                raise FileExistsError(f"{self.url}/{path} exists already") from error
+            if error.exists:
+                raise FileExistsError(f"{self.url}/{path} exists already") from None
             raise
 
     def honours_put_new(self) -> bool:
@@ -128,7 +126,8 @@ class Storage:
         """
         path = f"probe-{uuid.uuid4().hex}"
         try:
-            self._create(path, b"1")
+            with contextlib.suppress(FileExistsError):  # of a try whose answer was lost
+                self._create(path, b"1")
             try:
                 self._create(path, b"2")
             except FileExistsError:
@@ -138,19 +137,19 @@ class Storage:
             self.delete(path)
 
     def get(self, path: str) -> bytes:
-        """The whole object. StorageError, caused by FileNotFoundError, if there is none."""
+        """The whole object. StorageError (`missing`) if there is none."""
         if self.is_local:
             return self._guard("read", path, lambda: _read(self._at(path)))
-        return bytes(self._guard("read", path, lambda: self._fs.cat_file(self._at(path))))
+        return bytes(self._guard("read", path, lambda: self._call("cat_file", self._at(path))))
 
     def size(self, path: str) -> int | None:
         """Bytes of an object, or None if there is none."""
         try:
             if self.is_local:
                 return self._guard("look up", path, lambda: os.stat(self._at(path)).st_size)
-            return int(self._guard("look up", path, lambda: self._fs.size(self._at(path))))
+            return int(self._guard("look up", path, lambda: self._call("size", self._at(path))))
         except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if error.missing:
                 return None
             raise
 
@@ -165,9 +164,9 @@ class Storage:
             base = self.url
         else:
             try:
-                found = self._guard("list", prefix, lambda: self._fs.find(root))
+                found = self._guard("list", prefix, lambda: self._call("find", root))
             except StorageError as error:
-                if isinstance(error.__cause__, FileNotFoundError):
+                if error.missing:
                     return []
                 raise
             base = self._root
@@ -180,14 +179,24 @@ class Storage:
         def delete() -> None:
             target = self._at(prefix)
             if not self.is_local:
-                if self._fs.exists(target):
-                    self._fs.rm(target, recursive=True)
+                if self._call("exists", target):
+                    self._call("rm", target, recursive=True)
+                    if self._call("exists", target):  # s3fs does not look at what a bulk delete answers
+                        raise PermissionError("it is still there: deleting is not allowed")
             elif os.path.isdir(target):
                 shutil.rmtree(target)
             elif os.path.exists(target):
                 os.remove(target)
 
         self._guard("delete", prefix, delete)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the file system, within a time in which it can be done: aiohttp may wait for ever to be allowed
+        to send a body. (Read time-outs begin when it is sent.)"""
+        if getattr(self._fs, "async_impl", False):
+            num_bytes = sum(len(arg) for arg in args if isinstance(arg, bytes))
+            kwargs["timeout"] = _CALL_S + num_bytes / _SLOWEST_BYTES_PER_S
+        return getattr(self._fs, name)(*args, **kwargs)
 
     def _at(self, path: str) -> str:
         root = self.url if self.is_local else self._root
@@ -219,7 +228,7 @@ class Storage:
             except Exception as error:  # s3fs and others let errors of their own through, besides OSError
                 if self.is_local and not isinstance(error, OSError):
                     raise
-                reason = _without_secrets(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
+                reason = masked(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
                 lasting = (
                     self.is_local or isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_CODES
                 )
@@ -229,7 +238,9 @@ class Storage:
                     tried = "" if lasting else f" ({attempt} tries in {passed_s:.0f} s)"
                     failure = StorageError(f"{what}: {reason}{tried}.{_advice(error)}")
                     failure.restart_helps = getattr(error, "errno", None) not in _LASTING_CODES
-                    raise failure from error
+                    failure.missing = isinstance(error, FileNotFoundError)
+                    failure.exists = isinstance(error, FileExistsError)
+                    raise failure from None  # the cause may show a secret in a traceback
                 attempt += 1
                 logger.warning("%s: %s; try %d in %.1f s", what, reason, attempt, pause_s)
                 time.sleep(pause_s)
@@ -261,44 +272,40 @@ def parse_options(items: Iterable[str]) -> dict[str, Any]:
 
 def _open(url: str, options: Options) -> tuple[Any, str]:
     """An fsspec file system, and the URL's path in it."""
-    _secrets.update(value for name in _SECRET_VARIABLES if (value := os.environ.get(name)))
     # Cached listings and shared instances hide what other clients wrote.
     given = {"use_listings_cache": False, "skip_instance_cache": True, **_resolved(options)}
     is_s3 = url.startswith(("s3://", "s3a://"))
     if is_s3:
         given["config_kwargs"] = _S3_CLIENT | given.get("config_kwargs", {})
-    key = (os.getpid(), url.partition("://")[0], repr(given))  # not across a fork: s3fs does not survive one
+    place = "s3" if is_s3 else "/".join(url.split("/")[:3])  # others take a host or account from the URL
+    key = (os.getpid(), place, repr(given))  # not across a fork: s3fs does not survive one
     if key not in _file_systems:
         try:
             fs, _ = fsspec.core.url_to_fs(url, **given)
         except (ValueError, ImportError, TypeError) as error:
-            raise ConfigError(f"{url} cannot be used as storage: {_without_secrets(str(error))}.") from error
+            raise ConfigError(f"{url} cannot be used as storage: {masked(str(error))}.") from error
         if is_s3:
             fs.retries = 1
         _file_systems[key] = fs
     return _file_systems[key], str(_file_systems[key]._strip_protocol(url))
 
 
-def _resolved(value: Any) -> Any:
-    """`value` with every `$NAME` in it replaced from the environment."""
+def _resolved(value: Any, name: str = "") -> Any:
+    """`value` with every `$NAME` in it replaced from the environment; secrets are remembered, to be masked."""
     if isinstance(value, Mapping):
-        return {name: _resolved(inner) for name, inner in value.items()}
-    if not isinstance(value, str) or not _REFERENCE.fullmatch(value):
-        return value
-    name = value.strip("${}")
-    if not os.environ.get(name):
-        raise ConfigError(
-            f"storage_options name the environment variable {name}, which is not set on {platform.node()}. Set it for "
-            f"the driver and on every machine that trains."
-        )
-    _secrets.add(os.environ[name])
-    return os.environ[name]
-
-
-def _without_secrets(text: str) -> str:
-    for secret in _secrets:
-        text = text.replace(secret, "***")
-    return text
+        return {key: _resolved(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, str) and _REFERENCE.fullmatch(value):
+        variable = value.strip("${}")
+        if not os.environ.get(variable):
+            raise ConfigError(
+                f"storage_options name the environment variable {variable}, which is not set on {platform.node()}. Set "
+                f"it for the driver and on every machine that trains."
+            )
+        value = os.environ[variable]
+        remember(value)
+    elif isinstance(value, str) and SECRET_NAME.search(name):  # of the command line: a config may not have it
+        remember(value)
+    return value
 
 
 def _restore(url: str, options: Options, retry_s: float) -> Storage:

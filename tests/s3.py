@@ -52,7 +52,7 @@ class Server:
     def start(self) -> None:
         if self._ceph:
             self._ceph.start()
-            s3fs.S3FileSystem(endpoint_url=self.endpoint, key=KEY, secret=SECRET).makedir(BUCKET)
+            s3fs.S3FileSystem(endpoint_url=self.endpoint, key=KEY, secret=SECRET).makedirs(BUCKET, exist_ok=True)
             return
         address = f"127.0.0.1:{self._port}"
         command = {

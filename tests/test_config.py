@@ -109,6 +109,13 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["model.huggingface=gpt2"], ["model.hidden_size=32 is given together with model.huggingface='gpt2'"]),
         (["name=a/b"], ["name='a/b'", "pattern"]),
         (["train.skip_steps=[12]"], ["train.skip_steps has 12", "they are 0 to 11"]),
+        (
+            ["storage_options={s3_additional_kwargs: {SSECustomerKey: hunter2}}"],
+            ["s3_additional_kwargs.SSECustomerKey"],
+        ),
+        (["storage_options={client_kwargs: {password: hunter2}}"], ["client_kwargs.password must not be written out"]),
+        (["storage_options=[{secret: hunter2}]"], ["storage_options=***"]),
+        (["secret=hunter2"], ["unknown key secret=***"]),
         (["storage=s3://key:secret@bucket/x"], ["must not carry credentials"]),
         (
             ["storage_options.secret=hunter2"],

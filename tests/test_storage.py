@@ -6,8 +6,11 @@ import errno
 import math
 import os
 import pickle
+import socket
 import subprocess
 import threading
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +65,7 @@ def test_child_is_a_prefix(storage: Storage) -> None:
 def test_missing_object_is_named(storage: Storage) -> None:
     with pytest.raises(StorageError, match=r"cannot read .*nowhere/x: ") as caught:
         storage.get("nowhere/x")
-    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert caught.value.missing
 
 
 def test_put_new_refuses_a_second_time(storage: Storage) -> None:
@@ -260,3 +263,38 @@ def test_server_that_is_down_for_a_while_is_waited_for(server: Callable[[str], S
     storage.put("after", b"2")
     back.join()
     assert storage.list() == ["after", "before"]
+
+
+def test_server_that_takes_no_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and says nothing: no read time-out is counted before the body is sent."""
+    monkeypatch.setattr("relora_ray.storage._CALL_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        storage = s3_storage(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="cannot write"):
+            storage._guard("write", "x", lambda: storage._call("pipe_file", storage._at("x"), b"1"))
+        assert time.monotonic() - began < 60
+
+
+def test_delete_that_does_nothing_is_an_error(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs does not look at the errors that a bulk delete answers."""
+    storage = s3_storage(moto.endpoint)
+    storage.put("a/x", b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage._fs, "rm", lambda *args, **kwargs: None)
+        with pytest.raises(StorageError, match=r"cannot delete .*deleting is not allowed"):
+            storage.delete("a")
+    storage.delete("a")
+    assert storage.list() == []
+
+
+def test_secret_is_not_in_the_traceback(monkeypatch: pytest.MonkeyPatch, moto: Server) -> None:
+    storage = s3_storage(moto.endpoint)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(f"signed with {SECRET}")
+
+    monkeypatch.setattr(storage._fs, "pipe_file", refuse)
+    with pytest.raises(StorageError) as caught:
+        storage.put("x", b"1")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))

@@ -25,11 +25,19 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from relora_ray import __version__
-from relora_ray.checkpoint.commit import ATTEMPTS, Commits, Committer, GroupCommitter, Outcome, Share
+from relora_ray.checkpoint.commit import (
+    ATTEMPTS,
+    Commits,
+    Committer,
+    GroupCommitter,
+    Outcome,
+    Share,
+    newest_attempt,
+)
 from relora_ray.checkpoint.manifest import Counters, Manifest, Part, list_manifests, manifest_path, read_manifest
 from relora_ray.checkpoint.parts import PartPlan, PartReader, plan_part, read_index, write_share
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, ReloraError
+from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, ReloraError, StorageError
 from relora_ray.optim import MOMENTS, STATE_NAMES
 from relora_ray.parallel import World, bit_sums, digest, digest_of_sums
 from relora_ray.storage import Storage
@@ -142,6 +150,11 @@ class Checkpointer:
                 raise DamagedError(
                     f"{part.folder} of {manifest.path} restored to another digest than it was saved with."
                 )
+        if manifest.data_fingerprint != self._data_fingerprint:
+            raise CheckpointError(
+                f"{manifest.path} was made with data of fingerprint {manifest.data_fingerprint}, this run reads "
+                f"{self._data_fingerprint}. Use the data that it was made with."
+            )
         self._newest = manifest
         return Position(manifest.step, manifest.boundary, manifest.counters)
 
@@ -170,7 +183,8 @@ class Checkpointer:
             busy = self._world.sum(float(not self._under_way.future.done()))[0] > 0  # ranks may not differ in this
             if busy and not needed:
                 return [Saved(position.step, why_not=f"that of step {self._under_way.position.step} is under way")]
-        results = self._settle(position.step)
+        results = self._settle()
+        last_chance = bool(self._failure) and self._unsaved(position.step) > self._max_unsaved
         base, delta = split_state(model, optimizer, frozen)
         manifest, plans = self._draft(position, base, delta)
         tensors = base | delta
@@ -181,11 +195,13 @@ class Checkpointer:
         self._host.synchronize()
         future = self._thread.submit(self._store, manifest, plans, mine, commit_after)
         self._under_way = _UnderWay(future, position, "base" in plans, began)
-        if not self._cfg.save_async:
-            future.exception()  # wait
+        waits = last_chance or not self._cfg.save_async
+        if waits:
+            wait([future])
         self._under_way.blocked_s = time.perf_counter() - began
-        if not self._cfg.save_async:
-            results += self._settle(position.step)
+        if waits:
+            results += self._settle()
+            self._end_if_unsaved(position.step)
         return results
 
     def poll(self) -> list[Saved]:
@@ -201,7 +217,7 @@ class Checkpointer:
         in `LAST_WORDS_S` seconds is.
         """
         if not failed:
-            results = self._settle(step=0)
+            results = self._settle()
             self._thread.shutdown()
             if self._failure:
                 raise NotSavedError(f"the last checkpoint was not stored: {self._with_advice(self._failure)}")
@@ -279,9 +295,8 @@ class Checkpointer:
         outcome = self._committer(Share(rank=self._world.rank, manifest=manifest, error=error))
         return outcome, time.perf_counter()
 
-    def _settle(self, step: int) -> list[Saved]:
-        """Wait for the save under way: every rank then knows the same. NotSavedError if it failed and, at `step`, too
-        much is unsaved."""
+    def _settle(self) -> list[Saved]:
+        """Wait for the save under way: every rank then knows the same."""
         if self._under_way is None:
             return []
         ended, self._under_way = self._under_way, None
@@ -290,12 +305,14 @@ class Checkpointer:
         self._failure = outcome.error
         if outcome.manifest is not None:
             self._newest = outcome.manifest
-        elif self._unsaved(step) > self._max_unsaved:
+        return results
+
+    def _end_if_unsaved(self, step: int) -> None:
+        if self._failure and self._unsaved(step) > self._max_unsaved:
             raise NotSavedError(
                 f"{self._unsaved(step)} updates, up to step {step}, are not stored, and checkpoint.max_unsaved_steps="
-                f"{self._max_unsaved} allows no more: {self._with_advice(outcome.error)}"
+                f"{self._max_unsaved} allows no more: {self._with_advice(self._failure)}"
             )
-        return results
 
     def _report(self, ended: _UnderWay) -> list[Saved]:
         """What became of a save, once. CheckpointError if somebody else writes the run."""
@@ -431,13 +448,14 @@ def _is_moment(name: str) -> bool:
 
 def _new_attempt(storage: Storage) -> str:
     """A name never used before on this run: a number that grows, claimed in `attempts/`, and random digits."""
-    number = max((int(path.rpartition("/")[2]) for path in storage.list(ATTEMPTS)), default=0)
+    number = newest_attempt(storage)
     digits = uuid.uuid4().hex[:8]
-    while True:
+    for _ in range(1000):
         number += 1
         with contextlib.suppress(FileExistsError):
             storage.put_new(f"{ATTEMPTS}/{number:04d}", digits.encode())
             return f"{number:04d}-{digits}"
+    raise StorageError(f"{storage.url}/{ATTEMPTS}: no number up to {number} can be claimed.")
 
 
 def _first_cause(error: CheckpointException, what: str) -> Exception:

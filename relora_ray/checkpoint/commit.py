@@ -7,7 +7,7 @@ Either way `Commits` decides: nothing is committed unless all shares are there a
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
@@ -25,7 +25,7 @@ from relora_ray.checkpoint.manifest import (
     read_manifest,
 )
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, DamagedError, ReloraError, StorageError
+from relora_ray.errors import CheckpointError, DamagedError, ReloraError
 from relora_ray.parallel import World
 from relora_ray.storage import Storage
 
@@ -84,16 +84,22 @@ class Commits:
         except Exception as error:
             logger.exception("the commit failed")
             return Outcome(manifest=None, error=f"{type(error).__name__}: {error}", fatal=True)
-        try:
-            self._prune(manifest)
-        except StorageError as error:
-            logger.warning("old checkpoints could not be removed: %s", error)
         return Outcome(manifest=manifest)
+
+    def prune(self, committed: Manifest) -> None:
+        """Remove what is no longer needed, after a commit. Never raises: the next one tries again."""
+        try:
+            self._refuse_if_superseded(committed.attempt)
+            self._prune(committed)
+        except Exception as error:
+            logger.warning("old checkpoints could not be removed: %s", error)
 
     def _refuse_if_superseded(self, attempt: str) -> None:
         """The newest attempt owns the run. This also tells two drivers apart where a server has no create-once put."""
-        numbers = [int(path.rpartition("/")[2]) for path in self._storage.list(ATTEMPTS)]
-        if (newest := max(numbers, default=0)) > attempt_number(attempt):
+        number, _, digits = attempt.partition("-")
+        newest = newest_attempt(self._storage)
+        owner = self._storage.get(f"{ATTEMPTS}/{newest:04d}").decode() if newest == int(number) else ""
+        if newest > int(number) or (owner and owner != digits):
             raise CheckpointError(
                 f"{self._storage.url} is being written by attempt {newest}, which began after this one ({attempt}): "
                 f"two drivers are on one run, or this is left over from an attempt that was given up. This one stops "
@@ -105,8 +111,12 @@ class Commits:
         try:
             self._storage.put_new(manifest.path, record)
         except FileExistsError as error:
-            # A client that repeats a put whose answer was lost is refused by its own object.
-            if self._storage.get(manifest.path) != record:
+            # A client that repeats a put whose answer was lost is refused by its own object. What an earlier attempt
+            # committed while it was given up is replaced: nobody resumed from it.
+            found = self._storage.get(manifest.path)
+            if found != record and _attempt_of(found) < attempt_number(manifest.attempt):
+                self._storage.put(manifest.path, record)
+            elif found != record:
                 raise CheckpointError(
                     f"{self._storage.url}/{manifest.path} was committed by somebody else: two drivers are on one run. "
                     f"Stop one of them; this one stops now."
@@ -114,13 +124,18 @@ class Commits:
         self._known[manifest.step] = manifest
 
     def _prune(self, committed: Manifest) -> None:
-        steps = list_manifests(self._storage)
+        steps, unreadable = list_manifests(self._storage), False
         for step in steps:
             if step not in self._known:
-                with contextlib.suppress(DamagedError):  # one that nobody could resume from needs no folder
+                try:
                     self._known[step] = read_manifest(self._storage, step)
+                except DamagedError as error:
+                    logger.warning("what no manifest names is kept, because one cannot be read: %s", error)
+                    unreadable = True
         self._known = {step: manifest for step, manifest in self._known.items() if step in steps}
         folders = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in self._storage.list(kind)}
+        if unreadable:  # it may name any of them
+            folders &= {part.folder for manifest in self._known.values() for part in manifest.parts}
         dropped, unneeded = plan_prune(
             self._known.values(),
             folders,
@@ -130,6 +145,19 @@ class Commits:
         )
         for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
             self._storage.delete(path)
+
+
+def newest_attempt(storage: Storage) -> int:
+    """The number of the attempt that began last, 0 if there was none."""
+    names = [path.rpartition("/")[2] for path in storage.list(ATTEMPTS)]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _attempt_of(record: bytes) -> int:
+    try:
+        return attempt_number(json.loads(record)["attempt"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return 0  # not a manifest: it may be replaced
 
 
 def merge_shares(shares: Sequence[Share]) -> Manifest:
@@ -178,10 +206,15 @@ class GroupCommitter:
 
     def __call__(self, share: Share) -> Outcome:
         if self._group is None:
-            return self._commits.commit([share])
+            outcome = self._commits.commit([share])
+            if outcome.manifest is not None:
+                self._commits.prune(outcome.manifest)
+            return outcome
         shares: list[Share] | None = [share] * self._world.size if self._world.is_first else None
         dist.gather_object(share, shares, dst=0, group=self._group)
         box = [self._commits.commit(shares) if shares else None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         assert box[0] is not None
+        if shares and box[0].manifest is not None:
+            self._commits.prune(box[0].manifest)
         return box[0]

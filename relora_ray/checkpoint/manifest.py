@@ -17,6 +17,7 @@ from relora_ray.errors import ConfigError, DamagedError
 from relora_ray.storage import Storage
 
 FORMAT = 2
+_PART = re.compile(r"/step-\d{8,}-\d{4,}-[0-9a-f]+$")
 _NAME = re.compile(r"manifests/step-(\d{8,})\.json")
 
 
@@ -90,6 +91,13 @@ def list_manifests(storage: Storage) -> list[int]:
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
     """The manifest at `step`. DamagedError if it is not one, ConfigError if another version wrote it."""
+    try:
+        return _parse(storage, step)
+    except DamagedError:  # it may have been spoilt on the way
+        return _parse(storage, step)
+
+
+def _parse(storage: Storage, step: int) -> Manifest:
     path = manifest_path(step)
     try:
         raw = json.loads(storage.get(path))
@@ -98,6 +106,8 @@ def read_manifest(storage: Storage, step: int) -> Manifest:
                 f"{storage.url}/{path} has format {raw['format']}; this version reads {FORMAT}. Use the version that "
                 f"wrote it ({raw.get('versions', {}).get('relora_ray', 'unknown')})."
             )
+        if raw["step"] != step:
+            raise ValueError(f"it is that of step {raw['step']}")
         return Manifest.model_validate(raw)
     except (ValueError, KeyError, TypeError) as error:  # not JSON, or not a manifest
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
@@ -125,7 +135,9 @@ def plan_prune(
     needed = {part.folder for m in kept for part in m.parts}
     released = {part.folder for m in dropped for part in m.parts}
     unneeded = [
-        f for f in sorted(folders) if f not in needed and (f in released or attempt_number(f) < attempt_number(attempt))
+        f
+        for f in sorted(folders)
+        if f not in needed and (f in released or (_PART.search(f) and attempt_number(f) < attempt_number(attempt)))
     ]
     return dropped, unneeded
 

@@ -210,7 +210,7 @@ def read_checked(storage: Storage, part: Part, recorded: StoredObject) -> bytes:
         try:
             data = storage.get(path)
         except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if error.missing:
                 raise DamagedError(f"{storage.url}/{path} is gone, though its manifest names it.") from error
             raise
         if len(data) == recorded.size_bytes and hashlib.sha256(data).hexdigest() == recorded.sha256:

@@ -9,11 +9,13 @@ failing again until the failures are used up.
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
-from relora_ray.checkpoint import Commits, Outcome, Share
+from relora_ray.checkpoint import Commits, Manifest, Outcome, Share
 from relora_ray.checkpoint.manifest import attempt_number
 from relora_ray.config_file import parse_config
 from relora_ray.runs import run_storage
@@ -28,28 +30,54 @@ class Coordinator:
         cfg = parse_config(config)
         self._commits = Commits(run_storage(cfg), cfg.checkpoint)
         self._timeout_s = cfg.cluster.collective_timeout_s
-        self._saves: dict[tuple[str, int], _Save] = {}
+        self._committing = asyncio.Lock()
+        self._saves: dict[tuple[int, int, str], _Save] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._events: list[Event] = []
         self._fatal = ""
+        logging.getLogger("relora_ray").addHandler(_Log(self._events_of_log))
+
+    def _events_of_log(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        self._events.append({"kind": "log", "level": record.levelname, "rank": "coordinator", "message": message})
+
+    async def settle(self) -> None:
+        """Wait until no commit is under way: an attempt asks before it looks for the newest checkpoint."""
+        async with self._committing:
+            pass
 
     async def commit(self, share: Share) -> Outcome:
-        """One rank's share of a save; returns when all ranks' are there and the manifest is stored, or is not."""
+        """One rank's share of a save; returns when all ranks' are there and the manifest is stored, or is not: the same
+        to every rank."""
         manifest = share.manifest
-        key = (manifest.attempt, manifest.step)
-        number = attempt_number(manifest.attempt)
-        for other in [k for k in self._saves if attempt_number(k[0]) < number]:  # of attempts that are over
-            del self._saves[other]
+        key = (attempt_number(manifest.attempt), manifest.step, manifest.attempt)
+        for over in [other for other in self._saves if other < key]:  # an attempt has one save under way
+            del self._saves[over]
         save = self._saves.setdefault(key, _Save())
+        if save.outcome.done():  # it was given up
+            return save.outcome.result()
         save.shares[share.rank] = share
         if len(save.shares) == manifest.world_size:
-            shares = [save.shares[rank] for rank in sorted(save.shares)]
-            save.outcome.set_result(await asyncio.to_thread(self._commits.commit, shares))
-            self._saves.pop(key, None)
-        try:
-            return await asyncio.wait_for(asyncio.shield(save.outcome), self._timeout_s)
+            save.complete.set()
+            async with self._committing:
+                shares = [save.shares[rank] for rank in sorted(save.shares)]
+                save.outcome.set_result(await asyncio.to_thread(self._commits.commit, shares))
+            task = asyncio.create_task(self._prune(save.outcome.result().manifest))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:  # only the gathering has a time limit: a commit that has begun is waited for
+            await asyncio.wait_for(save.complete.wait(), self._timeout_s)
         except asyncio.TimeoutError:
             missing = sorted(set(range(manifest.world_size)) - save.shares.keys())
-            return Outcome(manifest=None, error=f"no share from ranks {missing} in {self._timeout_s} s", fatal=True)
+            if not save.outcome.done():
+                error = f"no share from ranks {missing} in {self._timeout_s} s"
+                save.outcome.set_result(Outcome(manifest=None, error=error))
+        return await asyncio.shield(save.outcome)
+
+    async def _prune(self, committed: Manifest | None) -> None:
+        if committed is not None:
+            async with self._committing:
+                await asyncio.to_thread(self._commits.prune, committed)
 
     def tell(self, event: Event) -> None:
         self._events.append(event)
@@ -72,4 +100,16 @@ class _Save:
 
     def __init__(self) -> None:
         self.shares: dict[int, Share] = {}
+        self.complete = asyncio.Event()
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+
+class _Log(logging.Handler):
+    """Hands warnings on: what this process logs is seen by nobody."""
+
+    def __init__(self, hand_on: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._hand_on = hand_on
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._hand_on(record)

@@ -65,6 +65,10 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
         # On the driver's own node: without this, Ray may put it on a spot machine.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         coordinator = Coordinator.options(scheduling_strategy=here).remote(to_yaml(cfg))  # type: ignore[attr-defined]
+        try:
+            ray.get(coordinator.fatal.remote())
+        except ray.exceptions.RayError as error:
+            raise RunFailedError(f"the coordinator cannot start on the driver's node: {error}") from error
         with _watching(coordinator, on_event):
             _fit(cfg, coordinator)
 

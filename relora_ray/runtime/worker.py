@@ -27,6 +27,7 @@ def train_worker(job: dict[str, Any]) -> None:
     coordinator = job["coordinator"]
     if ray.get(coordinator.fatal.remote()):
         return
+    ray.get(coordinator.settle.remote())
     cfg = parse_config(job["config"])
     torch.set_num_threads(cfg.cluster.cpus_per_worker)
     world = World.current(ray.train.torch.get_device())

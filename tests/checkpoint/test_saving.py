@@ -23,7 +23,7 @@ from relora_ray.errors import CheckpointError, NotSavedError, StorageError
 from relora_ray.metrics import Record
 from relora_ray.runs import run_storage
 from relora_ray.storage import Storage
-from tests.tiny import Crash, losses, run, state_digest, tiny_config
+from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
 
 @pytest.fixture
@@ -209,6 +209,62 @@ def test_older_of_two_drivers_stops(behind: RunConfig) -> None:
     with pytest.raises(CheckpointError, match=r"is being written by attempt 2, which began after this one \(0001-"):
         run(behind, on_record)
     assert list_manifests(run_storage(behind))[-1] <= 4
+
+
+def test_of_two_drivers_with_one_number_only_the_owner_commits(behind: RunConfig) -> None:
+    """Both claimed attempt 1 at the same moment, on a server that has no create-once put."""
+
+    def on_record(record: Record) -> None:
+        if record["kind"] == "train" and record["step"] == 5:
+            run_storage(behind).put("attempts/0001", b"ffffffff")
+
+    with pytest.raises(CheckpointError, match=r"is being written by attempt 1, which"):
+        run(behind, on_record)
+
+
+def test_late_commit_of_an_earlier_attempt_is_replaced(behind: RunConfig) -> None:
+    """It was under way when its attempt was given up: the run goes on, and the manifest names what is there."""
+    with pytest.raises(Crash):
+        run(behind, crash_at(5, "train"))
+    storage = run_storage(behind)
+    earlier = read_manifest(storage, 3)
+
+    def on_record(record: Record) -> None:
+        if record["kind"] == "train" and record["step"] == 5:
+            late = earlier.model_copy(update={"step": 6})
+            storage.put(late.path, late.model_dump_json().encode())
+
+    state, _ = run(behind, on_record)
+    assert state.position.step == 12
+    assert read_manifest(storage, 6).attempt.startswith("0002")
+
+
+def test_failure_that_is_over_does_not_end_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One save failed and nothing is stored for too long, but storage is back: the state now is stored first."""
+    cfg = tiny_config(data, tmp_path, "checkpoint.save_async=true", "checkpoint.max_unsaved_steps=2")
+    down = True
+
+    def refuse(path: str) -> None:
+        if down and "step-00000000" not in path:
+            raise StorageError("the service is down")
+
+    def on_record(record: Record) -> None:
+        nonlocal down
+        if record["kind"] == "train":
+            down = record["step"] < 3
+
+    intercept(monkeypatch, refuse)
+    state, _ = run(cfg, on_record)
+    assert state.position.step == 12
+
+
+def test_foreign_objects_do_no_harm(behind: RunConfig) -> None:
+    storage = run_storage(behind)
+    storage.put("delta/.DS_Store", b"")
+    storage.put("attempts/.keep", b"")
+    state, _ = run(behind)
+    assert state.position.step == 12
+    assert storage.exists("delta/.DS_Store")
 
 
 def test_host_buffers_are_used_again() -> None:
