@@ -7,11 +7,13 @@ export. All ranks call it with equal arguments. `train` is the loop proper, mean
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import nn
 
 from relora_ray.checkpoint import Checkpointer, Committer, Position, Saved
 from relora_ray.checkpoint.manifest import Counters
-from relora_ray.config import RunConfig
+from relora_ray.config import RunConfig, flatten
 from relora_ray.data.loader import BatchSource, MicroBatch
 from relora_ray.data.tokens import Split, TokenRows
 from relora_ray.errors import CheckpointError, DamagedError, NonFiniteError
@@ -71,6 +73,7 @@ def run_attempt(
         storage,
         cfg.checkpoint,
         world,
+        identity=_identity(cfg, data),
         data_fingerprint=data.fingerprint,
         tokens_per_step=cfg.tokens_per_step,
         committer=committer,
@@ -270,6 +273,16 @@ def _build(cfg: RunConfig, method: Method, world: World, step: int) -> TrainStat
     method.adapt(model, step)
     model.to(world.device)
     return TrainState(model, method.build_optimizer(model), Position(step=step))
+
+
+def _identity(cfg: RunConfig, data: Data) -> str:
+    """Digest of all that decides the run's result: a checkpoint of another run is not gone on from.
+
+    Settings at their defaults are left out, so that a version with one more setting still knows its own runs.
+    """
+    given = flatten(cfg.model_dump(mode="json", exclude_defaults=True)).keys() | {"method.kind"}
+    settings = {k: v for k, v in cfg.identity().items() if k in given} | {"data.fingerprint": data.fingerprint}
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Module:

@@ -80,7 +80,11 @@ class Progress:
 
     def _on_checkpoint(self, e: dict[str, Any]) -> None:
         base = f", base {e['base_bytes'] / 1e6:.1f} MB" if e["base_is_new"] else ""
-        self._print(f"-- step {e['step']:,}: saved, delta {e['delta_bytes'] / 1e6:.1f} MB{base}, {e['save_s']:.2f} s")
+        seconds = f"{e['save_s']:.2f} s, of which training waited {e['blocked_s']:.2f}"
+        self._print(f"-- step {e['step']:,}: saved, delta {e['delta_bytes'] / 1e6:.1f} MB{base}, {seconds}")
+
+    def _on_checkpoint_missed(self, e: dict[str, Any]) -> None:
+        self._print(f"-- step {e['step']:,}: not saved: {e['why']}")
 
     def _on_log(self, e: dict[str, Any]) -> None:
         where = e["rank"] if isinstance(e["rank"], str) else f"rank {e['rank']}"

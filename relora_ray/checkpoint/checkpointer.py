@@ -99,13 +99,14 @@ class Checkpointer:
         cfg: CheckpointConfig,
         world: World,
         *,
+        identity: str,
         data_fingerprint: str,
         tokens_per_step: int,
         committer: Committer | None = None,
         timeout_s: float = 600,
     ) -> None:
         self._storage, self._cfg, self._world = storage, cfg, world
-        self._data_fingerprint, self._tokens_per_step = data_fingerprint, tokens_per_step
+        self._identity, self._data_fingerprint, self._tokens_per_step = identity, data_fingerprint, tokens_per_step
         self._committer = committer or GroupCommitter(world, Commits(storage, cfg), timeout_s=timeout_s)
         self.attempt = self._on_first(lambda: _new_attempt(storage))
         # Ranks hear of a commit at different steps, so these change only in `save` and `close`, where all have heard.
@@ -136,6 +137,11 @@ class Checkpointer:
     ) -> Position:
         """Copy a checkpoint into `model` and `optimizer` in place (every rank). DamagedError if it is not whole,
         CheckpointError if it does not fit; the tensors are then in an undefined state."""
+        if manifest.identity != self._identity:
+            raise CheckpointError(
+                f"{self._storage.url}/{manifest.path} was made by a run of another config or other data (identity "
+                f"{manifest.identity}, here {self._identity}): two runs have been started under one name. Use another."
+            )
         base, delta = split_state(model, optimizer, frozen)
         if bool(base) != (manifest.base is not None):
             raise CheckpointError(f"{manifest.path} and the model disagree on whether there are frozen weights.")
@@ -150,11 +156,6 @@ class Checkpointer:
                 raise DamagedError(
                     f"{part.folder} of {manifest.path} restored to another digest than it was saved with."
                 )
-        if manifest.data_fingerprint != self._data_fingerprint:
-            raise CheckpointError(
-                f"{manifest.path} was made with data of fingerprint {manifest.data_fingerprint}, this run reads "
-                f"{self._data_fingerprint}. Use the data that it was made with."
-            )
         self._newest = manifest
         return Position(manifest.step, manifest.boundary, manifest.counters)
 
@@ -263,6 +264,7 @@ class Checkpointer:
             base=base_part,
             delta=delta_part,
             counters=position.counters,
+            identity=self._identity,
             data_fingerprint=self._data_fingerprint,
             attempt=self.attempt,
             world_size=self._world.size,

@@ -65,6 +65,8 @@ class Manifest(_Record):
     base: Part | None
     delta: Part
     counters: Counters
+    identity: str
+    """Digest of all settings that decide the run's result, its data among them."""
     data_fingerprint: str
     attempt: str
     world_size: int

@@ -23,7 +23,7 @@ from relora_ray.runs import run_storage
 Event = dict[str, Any]
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_concurrency=10_000)  # all ranks may wait in `commit` at once
 class Coordinator:
     def __init__(self, config: str) -> None:
         """`config`: the run's YAML."""

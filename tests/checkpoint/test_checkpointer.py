@@ -273,6 +273,19 @@ def test_run_of_another_config_is_refused_with_the_difference(
     assert run_storage(interrupted).list() == before
 
 
+def test_checkpoint_of_another_config_is_not_gone_on_from(interrupted: RunConfig) -> None:
+    """Two drivers began under one name before there was a checkpoint: it is one's, config.yaml the other's."""
+    storage = run_storage(interrupted)
+    text = storage.get("config.yaml").decode()
+    storage.put("config.yaml", text.replace("learning_rate: 0.01", "learning_rate: 0.005").encode())
+    with pytest.raises(CheckpointError, match="was made by a run of another config or other data"):
+        run(
+            interrupted.model_copy(
+                update={"optimizer": interrupted.optimizer.model_copy(update={"learning_rate": 5e-3})}
+            )
+        )
+
+
 def test_operational_keys_may_change_between_attempts(interrupted: RunConfig, data: Path, tmp_path: Path) -> None:
     other = tiny_config(
         data, tmp_path, "train.micro_batch_rows=6", "checkpoint.save_every_steps=5", "cluster.workers=3"

@@ -30,7 +30,7 @@ def part(kind: str, step: int, attempt: str) -> Part:
 def manifest(step: int, boundary: int | None = None, attempt: str = "0001-aaaaaaaa") -> Manifest:
     return Manifest(
         step=step, tokens=0, boundary=boundary or 0, base=None if boundary is None else part("base", boundary, attempt),
-        delta=part("delta", step, attempt), counters=Counters(), data_fingerprint="f", attempt=attempt,
+        delta=part("delta", step, attempt), counters=Counters(), identity="i", data_fingerprint="f", attempt=attempt,
         world_size=1, versions={}, unix_time=0.0,
     )  # fmt: skip
 

@@ -297,7 +297,8 @@ def share_of(rank: int, **changes: Any) -> Share:
 
     manifest = {
         "step": 4, "tokens": 8, "boundary": 3, "base": part("base"), "delta": part("delta"), "counters": {},
-        "data_fingerprint": "f", "attempt": "0001-aa", "world_size": 2, "versions": {"rank": str(rank)}, "unix_time": 1,
+        "identity": "i", "data_fingerprint": "f", "attempt": "0001-aa", "world_size": 2,
+        "versions": {"rank": str(rank)}, "unix_time": 1,
     }  # fmt: skip
     return Share(rank=rank, manifest=Manifest.model_validate(manifest | changes))
 
