@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from relora_ray.ablations import machine, version
 from relora_ray.checkpoint import Checkpointer, Position, Saved
-from relora_ray.checkpoint.checkpointer import split_state
 from relora_ray.config import RunConfig
 from relora_ray.config_file import load_config
 from relora_ray.conformance.processes import run_ranks
@@ -138,11 +137,9 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
     began = time.perf_counter()
     reader.restore(manifest, fresh, fresh_optimizer, frozen)  # type: ignore[arg-type]
     resume_s = time.perf_counter() - began
-    base, delta = split_state(model, optimizer, frozen)
     return {
         "base_bytes": last.base.size_bytes if last.base else 0,
         "delta_bytes": last.delta.size_bytes,
-        "computed": (sum(t.nbytes for t in base.values()), sum(t.nbytes for t in delta.values())),
         "blocked": {k: median(s.blocked_s for s in v) for k, v in found.items()},
         "saved": {k: median(s.save_s for s in v) for k, v in found.items()},
         "peak": {k: max(v) for k, v in peaks.items()},

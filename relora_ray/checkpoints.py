@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import partial
 
-from relora_ray.checkpoint import Manifest, list_manifests, plan_prune, read_manifest
-from relora_ray.checkpoint.manifest import Part, StoredObject
+from relora_ray.checkpoint import Manifest, existing_step, list_manifests, plan_prune, read_manifest
+from relora_ray.checkpoint.manifest import Part, StoredObject, part_folders
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config, to_yaml
-from relora_ray.errors import CheckpointError, ConfigError, DamagedError, ReloraError
+from relora_ray.errors import ConfigError, DamagedError, ReloraError
 from relora_ray.metrics import size_text
 from relora_ray.runs import CONFIG, DATA, read_config
 from relora_ray.storage import Storage, add_options_argument, parse_options
@@ -104,9 +104,8 @@ def prune(run: Storage, *, keep_last: int, keep_every_steps: int, dry_run: bool)
             manifests.append(read_manifest(run, step))
         except DamagedError as error:
             yield f"stays: {error}"
-    folders = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in run.list(kind)}
     dropped, unneeded = plan_prune(
-        manifests, folders, keep_last=keep_last, keep_every_steps=keep_every_steps, attempt="0000-none"
+        manifests, part_folders(run), keep_last=keep_last, keep_every_steps=keep_every_steps, attempt="0000-none"
     )
     sizes = {part.folder: part.size_bytes for manifest in manifests for part in manifest.parts}
     for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
@@ -155,12 +154,8 @@ def _steps(run: Storage) -> list[int]:
 
 
 def _existing(run: Storage, step: int | None) -> int:
-    steps = _steps(run)
-    if not steps:
-        raise CheckpointError(f"{run.url} has no checkpoint yet.")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{run.url} has no checkpoint at step {step}. It has {', '.join(map(str, steps))}.")
-    return steps[-1] if step is None else step
+    read_config(run)
+    return existing_step(run, step)
 
 
 def _role(name: str) -> str:

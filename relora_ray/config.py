@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from relora_ray.masking import SECRET_NAME
+from relora_ray.masking import REFERENCE, SECRET_NAME
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
 
 
@@ -55,8 +55,6 @@ def _location(value: str) -> str:
 
 Location = Annotated[str, AfterValidator(_location)]
 
-_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
-
 
 class _Options(dict[str, Any]):
     """A config is frozen, and so may be a key."""
@@ -68,7 +66,7 @@ class _Options(dict[str, Any]):
 def _storage_options(value: dict[str, Any]) -> dict[str, Any]:
     """Options as given; a secret among them must be the name of an environment variable."""
     for dotted, option in flatten(value).items():
-        if SECRET_NAME.search(dotted) and not (isinstance(option, str) and _VARIABLE.fullmatch(option)):
+        if SECRET_NAME.search(dotted) and not (isinstance(option, str) and REFERENCE.fullmatch(option)):
             name = dotted.rpartition(".")[2].upper()
             raise PydanticCustomError(
                 "secret_option",

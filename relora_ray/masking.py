@@ -8,6 +8,9 @@ import re
 SECRET_NAME = re.compile(r"(key|secret|token|password|passwd|passphrase|credentials?|connection_string)$", re.I)
 """The end of the name of an option or variable whose value must not be shown."""
 
+REFERENCE = re.compile(r"\$(\w+|\{\w+\})")
+"""An option that names the environment variable which holds its value."""
+
 _VARIABLES = re.compile(r"^(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION_STRING)$")
 _known: set[str] = set()
 

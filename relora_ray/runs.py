@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from relora_ray.checkpoint import Manifest, list_manifests, read_manifest, restore_model
+from relora_ray.checkpoint import Manifest, existing_step, list_manifests, read_manifest, restore_model
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
-from relora_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from relora_ray.errors import ConfigError, DataError, StorageError
 from relora_ray.methods import Method, build_method
 from relora_ray.model import (
     build_model,
@@ -180,12 +180,7 @@ class Trained:
 def load_trained(storage: Storage, step: int | None = None) -> Trained:
     """The model of a run's newest checkpoint, or of the one at `step`. CheckpointError if it is not there."""
     cfg = read_config(storage)
-    steps = list_manifests(storage)
-    if not steps:
-        raise CheckpointError(f"{storage.url} has no checkpoint yet.")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{storage.url} has no checkpoint at step {step}. It has {', '.join(map(str, steps))}.")
-    manifest = read_manifest(storage, steps[-1] if step is None else step)
+    manifest = read_manifest(storage, existing_step(storage, step))
     method = build_method(cfg)
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
     method.adapt(model, manifest.step)

@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import random
-import re
 import shutil
 import time
 import uuid
@@ -27,7 +26,7 @@ import fsspec
 import yaml
 
 from relora_ray.errors import ConfigError, StorageError
-from relora_ray.masking import SECRET_NAME, masked, remember
+from relora_ray.masking import REFERENCE, SECRET_NAME, masked, remember
 
 T = TypeVar("T")
 Options = Mapping[str, Any]
@@ -47,7 +46,6 @@ _S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_
 _CALL_S = 90.0
 _SLOWEST_BYTES_PER_S = 500_000
 """What one remote call may take at most; reading is bounded by the client's read time-out besides."""
-_REFERENCE = re.compile(r"\$(\w+|\{\w+\})")
 _file_systems: dict[tuple[int, str, str], Any] = {}
 """By process, kind and options: a client for every Storage would cost a tenth of a second and a connection each."""
 
@@ -294,7 +292,7 @@ def _resolved(value: Any, name: str = "") -> Any:
     """`value` with every `$NAME` in it replaced from the environment; secrets are remembered, to be masked."""
     if isinstance(value, Mapping):
         return {key: _resolved(inner, str(key)) for key, inner in value.items()}
-    if isinstance(value, str) and _REFERENCE.fullmatch(value):
+    if isinstance(value, str) and REFERENCE.fullmatch(value):
         variable = value.strip("${}")
         if not os.environ.get(variable):
             raise ConfigError(

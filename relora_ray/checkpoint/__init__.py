@@ -4,6 +4,7 @@ from relora_ray.checkpoint.checkpointer import Checkpointer, Position, Saved, re
 from relora_ray.checkpoint.commit import Commits, Committer, Outcome, Share
 from relora_ray.checkpoint.manifest import (
     Manifest,
+    existing_step,
     list_manifests,
     plan_prune,
     read_manifest,
@@ -18,6 +19,7 @@ __all__ = [
     "Position",
     "Saved",
     "Share",
+    "existing_step",
     "list_manifests",
     "plan_prune",
     "read_manifest",

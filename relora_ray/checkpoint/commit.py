@@ -21,6 +21,7 @@ from relora_ray.checkpoint.manifest import (
     Part,
     attempt_number,
     list_manifests,
+    part_folders,
     plan_prune,
     read_manifest,
 )
@@ -133,7 +134,7 @@ class Commits:
                     logger.warning("what no manifest names is kept, because one cannot be read: %s", error)
                     unreadable = True
         self._known = {step: manifest for step, manifest in self._known.items() if step in steps}
-        folders = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in self._storage.list(kind)}
+        folders = part_folders(self._storage)
         if unreadable:  # it may name any of them
             folders &= {part.folder for manifest in self._known.values() for part in manifest.parts}
         dropped, unneeded = plan_prune(

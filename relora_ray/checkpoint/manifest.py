@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from relora_ray.errors import ConfigError, DamagedError
+from relora_ray.errors import CheckpointError, ConfigError, DamagedError
 from relora_ray.storage import Storage
 
 FORMAT = 2
@@ -89,6 +89,21 @@ def manifest_path(step: int) -> str:
 def list_manifests(storage: Storage) -> list[int]:
     """Steps of all committed checkpoints, ascending."""
     return sorted(int(m[1]) for path in storage.list("manifests") if (m := _NAME.fullmatch(path)))
+
+
+def existing_step(storage: Storage, step: int | None) -> int:
+    """`step`, or the newest checkpoint's if it is None. CheckpointError if there is no such checkpoint."""
+    steps = list_manifests(storage)
+    if not steps:
+        raise CheckpointError(f"{storage.url} has no checkpoint yet.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{storage.url} has no checkpoint at step {step}. It has {', '.join(map(str, steps))}.")
+    return steps[-1] if step is None else step
+
+
+def part_folders(storage: Storage) -> set[str]:
+    """Folders of all bases and deltas that are there, whether a manifest names them or not."""
+    return {"/".join(path.split("/")[:2]) for kind in ("base", "delta") for path in storage.list(kind)}
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
