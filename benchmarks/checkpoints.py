@@ -88,8 +88,7 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
     method, model, optimizer = build(cfg)
     frozen = method.frozen_names(model)
     modes = {mode: cfg.checkpoint.model_copy(update={"save_async": mode, "keep_last": 1}) for mode in (True, False)}
-    names = {"identity": "none", "data_fingerprint": "none"}
-    checkpointer = Checkpointer(storage, modes[True], world, tokens_per_step=1, **names)
+    checkpointer = Checkpointer(storage, modes[True], world, tokens_per_step=1, identity="none", data_fingerprint="none")
     step = boundary = 0
     found: dict[str, list[Saved]] = {}
     peaks: dict[str, list[int]] = {}
@@ -131,7 +130,7 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
     checkpointer.close()
     method, fresh, fresh_optimizer = build(cfg)
     update(fresh, fresh_optimizer, 99)
-    reader = Checkpointer(storage, modes[True], world, tokens_per_step=1, **names)
+    reader = Checkpointer(storage, modes[True], world, tokens_per_step=1, identity="none", data_fingerprint="none")
     manifest = reader.newest()[0][1]
     dist.barrier()
     began = time.perf_counter()
