@@ -3,8 +3,8 @@
 python benchmarks/checkpoints.py [--server ceph|moto|rclone] [--sizes 60m 130m] > benchmarks/results/checkpoints.md
 
 The state is that of ReLoRA inside a cycle, at the reference's sizes, with all moments filled. Saves behind training and
-blocking ones alternate in one process group, after a first one that is not counted; then each rank uploads as many
-random bytes as its share has, with s3fs's own multi-part upload. Medians.
+blocking ones alternate in one process group with plain uploads, in which each rank puts one object of as many random
+bytes as its share has, by s3fs's own multi-part upload; a first save is not counted. Medians.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
     method, model, optimizer = build(cfg)
     frozen = method.frozen_names(model)
     modes = {mode: cfg.checkpoint.model_copy(update={"save_async": mode, "keep_last": 1}) for mode in (True, False)}
-    checkpointer = Checkpointer(storage, modes[True], world, tokens_per_step=1, identity="none", data_fingerprint="none")
+    checkpointer = Checkpointer(
+        storage, modes[True], world, tokens_per_step=1, identity="none", data_fingerprint="none"
+    )
     step = boundary = 0
     found: dict[str, list[Saved]] = {}
     peaks: dict[str, list[int]] = {}
@@ -107,7 +109,10 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
         assert results[-1].manifest is not None, results
         return results[-1]
 
-    save("base", True)
+    last = save("base", True).manifest
+    assert last is not None
+    share_bytes = sum(p.size_bytes for p in last.parts) // world.size
+    plain = []
     for _ in range(ROUNDS):
         for kind in ("base", "delta"):
             for save_async in (True, False):
@@ -115,11 +120,6 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
                     name = f"{kind} {'behind' if save_async else 'blocking'}"
                     found.setdefault(name, []).append(save(kind, save_async))
                 peaks.setdefault(name, []).append(memory.growth)
-    last = found["delta blocking"][-1].manifest
-    assert last is not None
-    share_bytes = sum(p.size_bytes for p in last.parts) // world.size
-    plain = []
-    for _ in range(ROUNDS):
         data = os.urandom(share_bytes)
         dist.barrier()
         began = time.perf_counter()

@@ -154,8 +154,8 @@ class Storage:
     def exists(self, path: str) -> bool:
         return self.size(path) is not None
 
-    def list(self, prefix: str = "") -> list[str]:
-        """Paths of all objects below `prefix`, sorted; unfinished local writes are left out."""
+    def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
+        """Paths of all objects below `prefix`, sorted; local writes that were broken off only if `unfinished`."""
         root = self._at(prefix)
         if self.is_local:
             found = self._guard("list", prefix, lambda: _walk(root))
@@ -169,7 +169,7 @@ class Storage:
                 raise
             base = self._root
         paths = [path[len(base) :].lstrip("/").replace(os.sep, "/") for path in found]
-        return sorted(path for path in paths if _TEMPORARY not in path)
+        return sorted(path for path in paths if unfinished or _TEMPORARY not in path)
 
     def delete(self, prefix: str) -> None:
         """Remove an object or everything below a prefix. Nothing there is no error."""

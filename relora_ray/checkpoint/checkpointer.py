@@ -107,7 +107,8 @@ class Checkpointer:
     ) -> None:
         self._storage, self._cfg, self._world = storage, cfg, world
         self._identity, self._data_fingerprint, self._tokens_per_step = identity, data_fingerprint, tokens_per_step
-        self._committer = committer or GroupCommitter(world, Commits(storage, cfg), timeout_s=timeout_s)
+        commits = Commits(storage, cfg)
+        self._committer = committer or GroupCommitter(world, commits, timeout_s=timeout_s)
         self.attempt = self._on_first(lambda: _new_attempt(storage))
         # Ranks hear of a commit at different steps, so these change only in `save` and `close`, where all have heard.
         self._newest: Manifest | None = None
@@ -116,6 +117,8 @@ class Checkpointer:
         self._failure = ""
         """Why the last save that ended was not stored."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="relora-ray-save")
+        if world.is_first:
+            self._thread.submit(commits.remove_orphans, self.attempt)  # before the first save, while others go on
         self._host = HostCopies()
 
     def newest(self) -> list[tuple[int, Manifest | DamagedError]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
@@ -89,11 +90,12 @@ class Commits:
 
     def prune(self, committed: Manifest) -> None:
         """Remove what is no longer needed, after a commit. Never raises: the next one tries again."""
-        try:
-            self._refuse_if_superseded(committed.attempt)
-            self._prune(committed)
-        except Exception as error:
-            logger.warning("old checkpoints could not be removed: %s", error)
+        self._prune(committed.attempt, keep_last=self._cfg.keep_last)
+
+    def remove_orphans(self, attempt: str) -> None:
+        """Remove what attempts before `attempt` stored and did not commit. Without this, attempts that end before
+        their first commit, on a full disk say, would fill it further. Never raises."""
+        self._prune(attempt, keep_last=sys.maxsize)
 
     def _refuse_if_superseded(self, attempt: str) -> None:
         """The newest attempt owns the run. This also tells two drivers apart where a server has no create-once put."""
@@ -124,7 +126,15 @@ class Commits:
                 ) from error
         self._known[manifest.step] = manifest
 
-    def _prune(self, committed: Manifest) -> None:
+    def _prune(self, attempt: str, *, keep_last: int) -> None:
+        try:
+            self._refuse_if_superseded(attempt)
+            for path in self._not_needed(attempt, keep_last):
+                self._storage.delete(path)
+        except Exception as error:
+            logger.warning("old checkpoints could not be removed: %s", error)
+
+    def _not_needed(self, attempt: str, keep_last: int) -> list[str]:
         steps, unreadable = list_manifests(self._storage), False
         for step in steps:
             if step not in self._known:
@@ -140,12 +150,11 @@ class Commits:
         dropped, unneeded = plan_prune(
             self._known.values(),
             folders,
-            keep_last=self._cfg.keep_last,
+            keep_last=keep_last,
             keep_every_steps=self._cfg.keep_every_steps,
-            attempt=committed.attempt,
+            attempt=attempt,
         )
-        for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
-            self._storage.delete(path)
+        return [m.path for m in dropped] + unneeded  # manifests first: none ever names what is gone
 
 
 def newest_attempt(storage: Storage) -> int:

@@ -102,8 +102,9 @@ def existing_step(storage: Storage, step: int | None) -> int:
 
 
 def part_folders(storage: Storage) -> set[str]:
-    """Folders of all bases and deltas that are there, whether a manifest names them or not."""
-    return {"/".join(path.split("/")[:2]) for kind in ("base", "delta") for path in storage.list(kind)}
+    """Folders of all bases and deltas that are there, whether a manifest names them or not, whole or not."""
+    paths = [path for kind in ("base", "delta") for path in storage.list(kind, unfinished=True)]
+    return {"/".join(path.split("/")[:2]) for path in paths}
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:

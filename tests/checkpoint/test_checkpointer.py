@@ -178,6 +178,23 @@ def test_parts_without_a_manifest_are_no_checkpoint(interrupted: RunConfig) -> N
     assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
 
 
+def test_what_crashes_left_behind_goes_before_anything_is_stored(
+    interrupted: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts that never come to a commit, on a full disk say, do not fill it further."""
+    storage = run_storage(interrupted)
+    before = set(storage.list(unfinished=True))
+    left = ["base/step-00000003-0001-aaaaaaaa/00000.safetensors", "delta/step-00000012-0001-aaaaaaaa/.partial-1f"]
+    for path in left:
+        Path(storage.url, path).parent.mkdir(parents=True)
+        Path(storage.url, path).write_bytes(b"half")
+    with pytest.raises(Crash):
+        run(interrupted, crash_at(9, "attempt"))
+    after = set(storage.list(unfinished=True))
+    assert before <= after
+    assert not after & set(left)
+
+
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(interrupted: RunConfig) -> None:
     for path in Path(run_storage(interrupted).url, "delta").rglob("*.safetensors"):
         flip_bit(path)
