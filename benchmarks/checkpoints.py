@@ -38,7 +38,7 @@ from tests import ceph
 from tests.s3 import BUCKET, Server
 
 CONFIGS = Path(__file__).parent.parent / "configs/relora"
-ROUNDS = 3
+ROUNDS = 5
 MB = 1e6
 
 

@@ -7,6 +7,7 @@ manager daemon (nothing here needs it, and it is the slowest to start), so `ceph
 from __future__ import annotations
 
 import atexit
+import fcntl
 import http.client
 import json
 import os
@@ -14,6 +15,7 @@ import random
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -260,12 +262,14 @@ def installed() -> bool:
 
 
 def install() -> str:
-    """Install the packages with apt-get; return "" or why that was not possible.
+    """Install the packages with apt-get; return "" or why that was not possible. One process at a time does it."""
+    with open(Path(tempfile.gettempdir(), "install-ceph.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return "" if installed() else _install()
 
-    What takes long, the download, is a step of its own: there a time limit can kill apt-get without harm to dpkg.
-    """
-    if installed():
-        return ""
+
+def _install() -> str:
+    """What takes long, the download, is a step of its own: there a time limit can kill apt-get without harm to dpkg."""
     if not shutil.which("apt-get", path=ENV["PATH"]):
         return "no apt-get"
     if os.geteuid() != 0:

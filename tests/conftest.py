@@ -24,9 +24,18 @@ from tests.tiny import tiny_config
 
 torch.set_num_threads(1)
 
+FIRST = ("runtime", "test_kills", "conformance", "test_cli")
+"""What takes longest is begun first, so that both processes of a test run end at about the same time."""
+
 ROOT = Path(__file__).parent.parent
 AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
