@@ -352,15 +352,21 @@ class CheckpointConfig(Section):
 
 class ClusterConfig(Section):
     workers: int = Field(1, gt=0)
-    """Training processes (data-parallel ranks)."""
+    """Training processes (data-parallel ranks), at most."""
+    min_workers: int | None = Field(None, gt=0)
+    """Train on with as few as these while machines are missing, and grow again when they come. Default: `workers`."""
     cpus_per_worker: int = Field(1, gt=0)
     """Whole CPUs reserved per worker, and its number of compute threads."""
     gpus_per_worker: int = Field(0, ge=0, le=1)
     """1: every worker has a GPU to itself, with NCCL; 0: training on the CPU with gloo."""
     max_failures: int = Field(100, ge=-1)
-    """Worker-group restarts before the run gives up; -1: never."""
+    """Attempts that may fail before the run gives up; -1: any number. Resizes are no failures."""
     collective_timeout_s: int = Field(600, gt=0)
     """A collective operation that takes longer fails the attempt."""
+    stall_timeout_s: int = Field(900, gt=0)
+    """A worker that finishes no step, evaluation, checkpoint or start for so long is ended, and says where it was."""
+    silence_timeout_s: int = Field(60, gt=0)
+    """A worker whose process gives no sign of life for so long (stopped, or swapped out) is ended."""
 
 
 class RunConfig(Section):
@@ -411,6 +417,7 @@ class RunConfig(Section):
             *_compat_problems(self),
             *_batch_problems(self),
             *_cycle_problems(self),
+            *_worker_problems(self),
             *_schedule_problems(self),
             *_rank_problems(self),
             *_idle_settings(self),
@@ -443,6 +450,10 @@ class RunConfig(Section):
         """
         return {k: v for k, v in flatten(self.model_dump(mode="json")).items() if not k.startswith(_OPERATIONAL)}
 
+    @property
+    def min_workers(self) -> int:
+        return self.cluster.min_workers or self.cluster.workers
+
 
 _OPERATIONAL = (
     "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.",
@@ -451,6 +462,16 @@ _OPERATIONAL = (
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
     "train.compile",
 )  # fmt: skip
+
+
+def _worker_problems(cfg: RunConfig) -> list[str]:
+    cluster = cfg.cluster
+    if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
+        return [
+            f"cluster.min_workers={cluster.min_workers} is more than cluster.workers={cluster.workers}, the most that "
+            f"are used. Lower it, or raise cluster.workers."
+        ]
+    return []
 
 
 def _token_problems(cfg: RunConfig) -> list[str]:

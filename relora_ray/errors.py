@@ -54,5 +54,9 @@ class RanksDisagreeError(ReloraError):
     restart_helps = True
 
 
+class RunBusyError(ReloraError):
+    """Another driver trains the run."""
+
+
 class RunFailedError(ReloraError):
     """The run ended without reaching its last step."""

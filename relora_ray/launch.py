@@ -14,7 +14,7 @@ import os
 import sys
 
 from relora_ray.config_file import load_config
-from relora_ray.errors import ReloraError
+from relora_ray.errors import ReloraError, RunBusyError
 from relora_ray.progress import Progress
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     except ReloraError as error:
         progress.close()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RunBusyError) else 1
     except KeyboardInterrupt:
         progress.close()
         print("interrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)

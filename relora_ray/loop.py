@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +57,37 @@ class Data:
     fingerprint: str
 
 
+class Supervisor(Protocol):
+    """Who watches the ranks from outside and may want them to store their state. Called by every rank."""
+
+    def agree(self, when: str, step: int, digest: int) -> None:
+        """Returns when all ranks have come to the boundary after `step` updates with one digest. `when` is before or
+        after. RanksDisagreeError if they have not."""
+
+    def save_wanted(self) -> bool:
+        """Whether the state is to be stored after this step. Asked at every step: must cost nothing."""
+
+    def leaving(self) -> list[int]:
+        """Ranks that will soon be gone: the others store what theirs would be (rank 0 is asked)."""
+
+    def pause(self, step: int, stored: bool) -> None:
+        """The wanted checkpoint is stored, or is not; returns when training may go on."""
+
+
 def run_attempt(
-    cfg: RunConfig, world: World, *, on_record: OnRecord | None = None, committer: Committer | None = None
+    cfg: RunConfig,
+    world: World,
+    *,
+    on_record: OnRecord | None = None,
+    committer: Committer | None = None,
+    supervisor: Supervisor | None = None,
+    cause: str = "",
 ) -> TrainState:
     """Bring the run from its newest checkpoint to its end; returns the final state.
 
     `on_record` sees every metrics record on every rank. `committer`: who gathers the ranks' shares of a checkpoint and
-    commits it; default: rank 0. Safe to call again on a finished run: it then
-    only writes the export that may be missing.
+    commits it; default: rank 0. `cause`: why this attempt begins, for the record. Safe to call again on a finished run:
+    it then only writes the export that may be missing.
     """
     storage = run_storage(cfg)
     check_visible(cfg)
@@ -90,8 +114,8 @@ def run_attempt(
     closed = False
     try:
         state, saved = resume(cfg, method, checkpointer, world)
-        emit(_attempt_record(cfg, state, checkpointer, world))
-        train(cfg, world, method, state, data, checkpointer, emit, log, already_saved=saved)
+        emit(_attempt_record(cfg, state, checkpointer, world) | {"cause": cause})
+        train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, already_saved=saved)
         closed = True
         _emit_saved(emit, checkpointer.close())
         if world.is_first:
@@ -120,6 +144,7 @@ def train(
     checkpointer: Checkpointer,
     emit: OnRecord,
     log: MetricsLog | None,
+    supervisor: Supervisor | None = None,
     *,
     already_saved: bool,
 ) -> None:
@@ -128,18 +153,24 @@ def train(
     def record_eval() -> None:
         emit(evaluate(cfg, world, state, data.validation))
 
-    def save() -> None:
+    def save(*, wanted: bool = False) -> None:
+        leaving = world.broadcast(supervisor.leaving() if world.is_first else None) if wanted and supervisor else []
         frozen = method.frozen_names(state.model)
         results = checkpointer.save(
             state.position,
             state.model,
             state.optimizer,
             frozen,
-            needed=state.position.step == cfg.steps,
+            needed=wanted or state.position.step == cfg.steps,
+            leaving=leaving,
             # So that a run that goes on from this checkpoint has the metrics of all steps before.
             commit_after=log.flush() if log is not None else None,
         )
+        if wanted and supervisor:
+            results += checkpointer.settle()
         _emit_saved(emit, results)
+        if wanted and supervisor:
+            supervisor.pause(state.position.step, results[-1].manifest is not None)
 
     if not already_saved:  # the start is a checkpoint like any other
         record_eval()
@@ -155,11 +186,14 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate
 
+        wanted = False
         if step in cfg.train.skip_steps:
             loss, grad_norm = math.nan, math.nan
             counters = _count_skipped(state.position.counters)
         else:
-            loss = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step)
+            # Asked of all in the reduction of the loss: a rank that hears of it a step earlier must not be alone.
+            wish = supervisor is not None and supervisor.save_wanted()
+            loss, wanted = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step, wish)
             grad_norm = _clip(state.model, cfg.optimizer.grad_clip)
             # Loss and gradients are reduced: every rank sees the same numbers and takes the same branch.
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -175,7 +209,7 @@ def train(
         _emit_saved(emit, checkpointer.poll())
 
         if method.is_boundary(done):
-            report, record = _cross_boundary(world, method, state, done)
+            report, record = _cross_boundary(world, method, state, done, supervisor)
             emit(record)
             if report.new_parameters:
                 del wrapped  # with its buckets, which hold a gradient of every weight
@@ -183,8 +217,8 @@ def train(
                 wrapped = _wrap(cfg, world, state, data)
         if _eval_due(cfg, done):
             record_eval()
-        if _save_due(cfg, method, done):
-            save()
+        if wanted or _save_due(cfg, method, done):
+            save(wanted=wanted)
 
 
 def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource) -> Record:
@@ -293,9 +327,10 @@ def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Mod
 
 
 def _accumulate_gradients(
-    cfg: RunConfig, world: World, wrapped: nn.Module, batches: list[MicroBatch], step: int
-) -> float:
-    """Gradient of the mean loss over the global batch, reduced over ranks; returns that loss.
+    cfg: RunConfig, world: World, wrapped: nn.Module, batches: list[MicroBatch], step: int, wish: bool
+) -> tuple[float, bool]:
+    """Gradient of the mean loss over the global batch, reduced over ranks; returns that loss, and whether any rank has
+    a `wish`.
 
     Each micro-batch contributes its summed loss over the global number of tokens, so the gradient does not
     depend on how rows fall to micro-batches and ranks. DDP divides by the world size; the factor undoes it.
@@ -307,7 +342,8 @@ def _accumulate_gradients(
             loss_sum = _loss_sum(cfg, wrapped, batch)
             (loss_sum * (world.size / cfg.tokens_per_step)).backward()
         total += loss_sum.detach()
-    return world.sum(float(total))[0] / cfg.tokens_per_step
+    total_loss, wishes = world.sum(float(total), float(wish))
+    return total_loss / cfg.tokens_per_step, wishes > 0
 
 
 def _loss_sum(cfg: RunConfig, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -343,13 +379,23 @@ def _count_skipped(counters: Counters) -> Counters:
     return counters.model_copy(update={"skipped_steps": counters.skipped_steps + 1})
 
 
-def _cross_boundary(world: World, method: Method, state: TrainState, done: int) -> tuple[BoundaryReport, Record]:
-    """Do the boundary after `done` updates and see that every rank came out with the same weights."""
+def _cross_boundary(
+    world: World, method: Method, state: TrainState, done: int, supervisor: Supervisor | None
+) -> tuple[BoundaryReport, Record]:
+    """Do the boundary after `done` updates and see that every rank comes to it and out of it with the same weights."""
     began = time.perf_counter()
+
+    def agree(when: str, value: int) -> None:
+        if supervisor is None:
+            world.assert_same(value, f"{when} the boundary at step {done}")
+        else:
+            supervisor.agree(when, done, value)
+
+    agree("before", digest(trainable(state.model)))  # what is wrong must not reach the weights for good
     report = method.on_boundary(state.model, state.optimizer, done)
     state.optimizer = report.optimizer
     value = digest(list(state.model.state_dict().values()))
-    world.assert_same(value, f"after the {report.kind} at step {done}")
+    agree("after", value)
     counters = state.position.counters
     if report.kind == "merge":
         counters = counters.model_copy(update={"merges": counters.merges + 1})

@@ -87,16 +87,24 @@ class World:
         mine = torch.tensor([digest], dtype=torch.int64, device=self.device)
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(gathered, mine)
-        digests = [int(d.item()) for d in gathered]
-        majority = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
-        if odd := [rank for rank, d in enumerate(digests) if d != majority]:
-            who = f"rank(s) {odd} hold other values than the other {self.size - len(odd)} of {self.size} ranks"
-            if 2 * digests.count(majority) <= self.size:
-                who = f"the {self.size} ranks hold different values, and none has a majority"
-            raise RanksDisagreeError(
-                f"{what}: {who}. Replicas must be equal: suspect a machine's memory, or processors of different kinds "
-                f"(their rounding differs). Nothing was saved from this state; the last checkpoint is good."
-            )
+        if odd := disagreement([int(d.item()) for d in gathered]):
+            raise RanksDisagreeError(f"{what}: {odd}")
+
+
+def disagreement(digests: Sequence[int]) -> str:
+    """What to say of the ranks' digests: which of them are odd, or "" if all are equal."""
+    size = len(digests)
+    majority = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
+    odd = [rank for rank, d in enumerate(digests) if d != majority]
+    if not odd:
+        return ""
+    who = f"rank(s) {odd} hold other values than the other {size - len(odd)} of {size} ranks"
+    if 2 * digests.count(majority) <= size:
+        who = f"the {size} ranks hold different values, and none has a majority"
+    return (
+        f"{who}. Replicas must be equal: suspect a machine's memory, or processors of different kinds (their rounding "
+        f"differs). Nothing was saved from this state; the last checkpoint is good."
+    )
 
 
 @torch.no_grad()

@@ -86,6 +86,13 @@ class Progress:
     def _on_checkpoint_missed(self, e: dict[str, Any]) -> None:
         self._print(f"-- step {e['step']:,}: not saved: {e['why']}")
 
+    def _on_restart(self, e: dict[str, Any]) -> None:
+        if e["change"] != "start":
+            self._print(
+                f"-- step {e['from_step']:,}: training again on {e['world_size']} worker(s) after {e['down_s']:.1f} s, "
+                f"{e['steps_lost']} step(s) are done again"
+            )
+
     def _on_log(self, e: dict[str, Any]) -> None:
         where = e["rank"] if isinstance(e["rank"], str) else f"rank {e['rank']}"
         self._print(f"-- {e['level'].lower()} ({where}): {e['message']}")

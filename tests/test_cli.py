@@ -117,28 +117,44 @@ def test_own_text_from_tokenizer_to_shards(austen_excerpt: Path, tmp_path: Path)
 
 
 def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, tmp_path: Path, moto: Server) -> None:
-    """SIGKILL of the driver, storage on S3: Ray goes with it, and the next start gives the undisturbed run's losses."""
+    """Storage on S3. While a driver trains a second one is refused. After SIGKILL its Ray goes with it, and the next
+    start gives the undisturbed run's losses."""
     options = json.dumps(moto.options)
     storage = f"s3://{BUCKET}/driver-{os.urandom(4).hex()}"
     command = [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
                f"storage_options={options}", "train.log_every_steps=1",
-               "steps=123", "checkpoint.save_async=true"]  # fmt: skip
+               "steps=603", "checkpoint.save_async=true", "checkpoint.save_every_steps=6"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
         if (at := re.match(r"step +(\d+)/", line)) and int(at[1]) >= 20:
-            process.kill()
             break
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert second.returncode == 2, second.stderr[-2000:]
+    assert "RunBusyError: " in second.stderr
+    assert "is being trained by another driver" in second.stderr
+    assert process.poll() is None, "the first is still at work"
+    process.kill()
+    process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     there = Storage(f"{storage}/tiny", moto.options)
-    assert 0 < list_manifests(there)[-1] < 123
+    assert 0 < list_manifests(there)[-1] < 603
+    how_it_is = [sys.executable, "-m", "relora_ray.status", there.url] + [
+        f"--storage-option={name}={value}" for name, value in moto.options.items()
+    ]
+    said = subprocess.run(how_it_is, capture_output=True, text=True, cwd=ROOT).stdout
+    assert re.search(r"saved     step \d+, \d+ s ago; \d+ steps after it are not", said), said
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert SECRET not in done.stdout + done.stderr
-    _, records = run(tiny_config(data, tmp_path, "steps=123", "train.log_every_steps=1"))
+    _, records = run(tiny_config(data, tmp_path, "steps=603", "train.log_every_steps=1"))
     found = {r["step"]: r["loss"] for r in read(there, "train")}
     assert found.keys() == losses(records).keys()
     assert found == pytest.approx(losses(records), rel=1e-5)
+    said = subprocess.run(how_it_is, capture_output=True, text=True, cwd=ROOT).stdout
+    assert "run tiny: finished" in said
+    assert re.search(r"step      603 of 603\n  attempt   0002-\w+: 1 worker", said), said
+    assert re.search(r"goodput   \d+\.\d%: \d+ s of \d+ s went into steps that count", said), said
 
 
 def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ RANKS = {
     "runs": 4, "loop": 5,
     "runtime": 6,
     "ablations": 7, "spectrum": 7, "conformance": 7,
-    "progress": 7, "launch": 7, "report": 7, "export": 7, "checkpoints": 7,
+    "progress": 7, "launch": 7, "report": 7, "status": 7, "export": 7, "checkpoints": 7,
     "data.prepare": 7, "data.documents": 7, "data.tokenizer": 7,
 }  # fmt: skip
 

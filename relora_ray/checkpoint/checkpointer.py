@@ -13,14 +13,14 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-import transformers
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -170,15 +170,16 @@ class Checkpointer:
         frozen: set[str],
         *,
         needed: bool = False,
+        leaving: Sequence[int] = (),
         commit_after: Future[Any] | None = None,
     ) -> list[Saved]:
         """Begin to store the state at `position` (every rank, same step); returns what became of earlier saves.
 
         The base is written only if a boundary changed it since the last checkpoint. While an earlier save is under
         way, one that is `needed`, brings a new base or would leave too many steps unsaved waits for it; any other is
-        left out. `commit_after`: the manifest is not committed before this is done, whatever comes of it.
-        Failures of storage are part of the result: the run can still resume from the checkpoint before. NotSavedError
-        when there have been too many.
+        left out. Ranks that are `leaving` store nothing: the others hold the same state. `commit_after`: the manifest
+        is not committed before this is done, whatever comes of it. Failures of storage are part of the result: the run
+        can still resume from the checkpoint before. NotSavedError when there have been too many.
         """
         began = time.perf_counter()
         if self._under_way is not None:
@@ -187,24 +188,30 @@ class Checkpointer:
             busy = self._world.sum(float(not self._under_way.future.done()))[0] > 0  # ranks may not differ in this
             if busy and not needed:
                 return [Saved(position.step, why_not=f"that of step {self._under_way.position.step} is under way")]
-        results = self._settle()
+        results = self.settle()
         last_chance = bool(self._failure) and self._unsaved(position.step) > self._max_unsaved
         base, delta = split_state(model, optimizer, frozen)
-        manifest, plans = self._draft(position, base, delta)
+        writers = [rank for rank in range(self._world.size) if rank not in leaving] or list(range(self._world.size))
+        manifest, plans = self._draft(position, base, delta, len(writers))
+        base_is_new = "base" in plans
+        if self._world.rank not in writers:
+            plans = {}
+        share = Share(rank=self._world.rank, manifest=manifest, writers=tuple(writers))
+        number = writers.index(self._world.rank) if plans else -1
         tensors = base | delta
         mine = {
-            kind: self._host.take(kind, {name: tensors[name] for name in plan.names(self._world.rank)})
+            kind: self._host.take(kind, {name: tensors[name] for name in plan.names(number)})
             for kind, plan in plans.items()
         }
         self._host.synchronize()
-        future = self._thread.submit(self._store, manifest, plans, mine, commit_after)
-        self._under_way = _UnderWay(future, position, "base" in plans, began)
+        future = self._thread.submit(self._store, share, plans, number, mine, commit_after)
+        self._under_way = _UnderWay(future, position, base_is_new, began)
         waits = last_chance or not self._cfg.save_async
         if waits:
             wait([future])
         self._under_way.blocked_s = time.perf_counter() - began
         if waits:
-            results += self._settle()
+            results += self.settle()
             self._end_if_unsaved(position.step)
         return results
 
@@ -221,7 +228,7 @@ class Checkpointer:
         in `LAST_WORDS_S` seconds is.
         """
         if not failed:
-            results = self._settle()
+            results = self.settle()
             self._thread.shutdown()
             if self._failure:
                 raise NotSavedError(f"the last checkpoint was not stored: {self._with_advice(self._failure)}")
@@ -243,7 +250,9 @@ class Checkpointer:
 
         self._on_first(move)
 
-    def _draft(self, position: Position, base: Tensors, delta: Tensors) -> tuple[Manifest, dict[str, PartPlan]]:
+    def _draft(
+        self, position: Position, base: Tensors, delta: Tensors, num_writers: int
+    ) -> tuple[Manifest, dict[str, PartPlan]]:
         """The manifest less the objects to be stored, and the plans of the delta and, if it is new, of the base."""
         newest = self._newest
         base_part = newest.base if newest is not None and newest.boundary == position.boundary and base else None
@@ -256,10 +265,10 @@ class Checkpointer:
 
         delta_sums = bit_sums(list(delta.values()))
         delta_part = part("delta", position.step, delta_sums)
-        plans = {"delta": plan_part(_without_zeros(delta, delta_sums), self._world.size)}
+        plans = {"delta": plan_part(_without_zeros(delta, delta_sums), num_writers)}
         if base_is_new:
             base_part = part("base", position.boundary, bit_sums(list(base.values())))
-            plans["base"] = plan_part(base, self._world.size)
+            plans["base"] = plan_part(base, num_writers)
         manifest = Manifest(
             step=position.step,
             tokens=position.step * self._tokens_per_step,
@@ -278,17 +287,19 @@ class Checkpointer:
 
     def _store(
         self,
-        manifest: Manifest,
+        share: Share,
         plans: dict[str, PartPlan],
+        number: int,
         mine: dict[str, Tensors],
         commit_after: Future[Any] | None,
     ) -> tuple[Outcome, float]:
-        """In the thread: put this rank's objects, then hand the share in. Returns the outcome and when it was known."""
-        error = ""
+        """In the thread: put this rank's objects, those of writer `number`, then hand the share in. Returns the outcome
+        and when it was known."""
+        error, manifest = "", share.manifest
         try:
             for kind, plan in plans.items():
                 part: Part = getattr(manifest, kind)
-                objects = write_share(self._storage, part.folder, plan, self._world.rank, mine[kind])
+                objects = write_share(self._storage, part.folder, plan, number, mine[kind])
                 manifest = manifest.model_copy(update={kind: part.model_copy(update={"objects": tuple(objects)})})
         except ReloraError as caught:
             error = str(caught)
@@ -297,11 +308,11 @@ class Checkpointer:
             error = f"{type(caught).__name__}: {caught}"
         if commit_after is not None:
             wait([commit_after])
-        outcome = self._committer(Share(rank=self._world.rank, manifest=manifest, error=error))
+        outcome = self._committer(share.model_copy(update={"manifest": manifest, "error": error}))
         return outcome, time.perf_counter()
 
-    def _settle(self) -> list[Saved]:
-        """Wait for the save under way: every rank then knows the same."""
+    def settle(self) -> list[Saved]:
+        """Wait for the save under way (every rank): all then know the same of it."""
         if self._under_way is None:
             return []
         ended, self._under_way = self._under_way, None
@@ -486,6 +497,6 @@ def _versions() -> dict[str, str]:
     return {
         "relora_ray": __version__,
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
     }

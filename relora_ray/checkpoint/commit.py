@@ -45,6 +45,8 @@ class Share(_Message):
 
     rank: int
     manifest: Manifest
+    writers: tuple[int, ...]
+    """Ranks that store something. The shares of the others are not waited for."""
     error: str = ""
     """Why the rank's objects are not stored; empty if they are, and verified."""
 
@@ -179,10 +181,8 @@ def merge_shares(shares: Sequence[Share]) -> Manifest:
                 f"rank {share.rank} stored step {share.manifest.step} of attempt {share.manifest.attempt}, rank "
                 f"{shares[0].rank} step {first.step} of {first.attempt}, or other values: nothing was committed."
             )
-    if sorted(share.rank for share in shares) != list(range(first.world_size)):
-        raise CheckpointError(
-            f"step {first.step}: there are shares of ranks {[s.rank for s in shares]}, not of all {first.world_size}."
-        )
+    if missing := sorted(set(shares[0].writers) - {share.rank for share in shares}):
+        raise CheckpointError(f"step {first.step}: there are no shares of ranks {missing}.")
 
     def union(parts: list[Part]) -> Part:
         objects = {stored for part in parts for stored in part.objects}

@@ -211,9 +211,9 @@ def _recorded_changes(trace: Trace) -> Iterator[None]:
     """Note how much every boundary changes the function."""
     original = loop._cross_boundary
 
-    def cross(world: World, method: Any, state: loop.TrainState, done: int) -> Any:
+    def cross(world: World, method: Any, state: loop.TrainState, done: int, *args: Any) -> Any:
         before = _probe(state.model)
-        result = original(world, method, state, done)
+        result = original(world, method, state, done, *args)
         trace.function_change[done] = relative_change(_probe(state.model), before)
         return result
 
@@ -226,14 +226,16 @@ def poisoned(steps: Collection[int]) -> Iterator[None]:
     """Make the loss and gradients of these updates NaN, as bad data or an overflow would."""
     original = loop._accumulate_gradients
 
-    def accumulate(cfg: RunConfig, world: World, wrapped: nn.Module, batches: Any, step: int) -> float:
-        loss = original(cfg, world, wrapped, batches, step)
+    def accumulate(
+        cfg: RunConfig, world: World, wrapped: nn.Module, batches: Any, step: int, wish: bool
+    ) -> tuple[float, bool]:
+        loss, wished = original(cfg, world, wrapped, batches, step, wish)
         if step not in steps:
-            return loss
+            return loss, wished
         for parameter in wrapped.parameters():
             if parameter.grad is not None:
                 parameter.grad.fill_(math.nan)
-        return math.nan
+        return math.nan, wished
 
     with patch.object(loop, "_accumulate_gradients", accumulate):
         yield

@@ -17,7 +17,6 @@ from typing import Any
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray import config as rc
@@ -28,14 +27,19 @@ from relora_ray.methods import build_method
 from relora_ray.model import build_model, embedding_rows
 from relora_ray.parallel import World
 from relora_ray.runs import check_vocabulary, claim, open_data, run_storage
-from relora_ray.runtime.coordinator import Coordinator, Event
-from relora_ray.runtime.worker import train_worker
+from relora_ray.runtime import elastic
+from relora_ray.runtime.agent import Rendezvous, run_agent
+from relora_ray.runtime.coordinator import CoordinatorActor
+from relora_ray.runtime.lease import only_driver
+from relora_ray.runtime.messages import Event
 
 logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], None]
 
 POLL_S = 0.5
+START_S = 300.0
+"""The coordinator has started within this."""
 
 
 def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
@@ -58,15 +62,16 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
 
 
 def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
-    """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError."""
-    with _ray(cfg):
+    """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
+    RunBusyError before anything is done."""
+    with only_driver(run_storage(cfg)), _ray(cfg):
         _say_what_is_missing(cfg, on_event)
         _say_if_drivers_cannot_be_told_apart(cfg, on_event)
         # On the driver's own node: without this, Ray may put it on a spot machine.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        coordinator = Coordinator.options(scheduling_strategy=here).remote(to_yaml(cfg))  # type: ignore[attr-defined]
+        coordinator = CoordinatorActor.options(scheduling_strategy=here).remote(to_yaml(cfg))
         try:
-            ray.get(coordinator.fatal.remote())
+            ray.get(coordinator.fatal.remote(), timeout=START_S)
         except ray.exceptions.RayError as error:
             raise RunFailedError(f"the coordinator cannot start on the driver's node: {error}") from error
         with _watching(coordinator, on_event):
@@ -78,23 +83,23 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
     resources = {"CPU": float(cluster.cpus_per_worker)}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
+    for name, value in elastic.SETTINGS.items():
+        os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="relora-ray-") as scratch:
-        trainer = TorchTrainer(
-            train_worker,
+        trainer = elastic.trainer_class(coordinator)(
+            run_agent,
             train_loop_config={"config": to_yaml(cfg), "coordinator": coordinator},
             scaling_config=ScalingConfig(
-                num_workers=cluster.workers,
+                num_workers=(cfg.min_workers, cluster.workers),
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),
-            torch_config=TorchConfig(
-                backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=cluster.collective_timeout_s
-            ),
-            # Ray's own record of the run is not used (our manifests are the truth), so it gets a name of its own
-            # every time: a snapshot that a crash left half-written could not stop the next start.
+            torch_config=Rendezvous(),
+            # Ray's own record of the run is not used (our manifests are the truth): it goes to the driver's machine,
+            # where Ray's controller is, under a name of its own every time.
             run_config=RunConfig(
                 name=f"{cfg.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=_train_storage(cfg, scratch),
+                storage_path=scratch,
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
             ),
         )
@@ -112,14 +117,14 @@ def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
     """Ray waits in silence for resources that are not there (an autoscaler may bring them): say so."""
     there = ray.cluster_resources()
     needed = {
-        "CPU": cfg.cluster.workers * cfg.cluster.cpus_per_worker,
-        "GPU": cfg.cluster.workers * cfg.cluster.gpus_per_worker,
+        "CPU": cfg.min_workers * cfg.cluster.cpus_per_worker,
+        "GPU": cfg.min_workers * cfg.cluster.gpus_per_worker,
     }
     for kind, amount in needed.items():
         if amount > there.get(kind, 0):
             message = (
-                f"cluster.workers={cfg.cluster.workers} need {amount:g} {kind}s and the cluster has "
-                f"{there.get(kind, 0):g}: waiting for more nodes. Without an autoscaler, lower cluster.workers."
+                f"{cfg.min_workers} workers need {amount:g} {kind}s and the cluster has {there.get(kind, 0):g}: "
+                f"waiting for more nodes. Without an autoscaler, lower cluster.workers or cluster.min_workers."
             )
             on_event(_warning(message))
 
@@ -136,13 +141,6 @@ def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -
 
 def _warning(message: str) -> Event:
     return {"kind": "log", "level": "WARNING", "rank": "driver", "message": message}
-
-
-def _train_storage(cfg: rc.RunConfig, scratch: str) -> str:
-    """Where Ray Train keeps its own record: on one machine a scratch folder, on several the run's storage."""
-    if len(ray.nodes()) == 1:
-        return scratch
-    return run_storage(cfg).child("ray").url
 
 
 @contextmanager
@@ -185,6 +183,8 @@ def _watching(coordinator: Any, on_event: OnEvent) -> Iterator[None]:
     done = threading.Event()
 
     def poll() -> None:
+        if not ray.is_initialized():  # a call would start one
+            return
         try:
             events = ray.get(coordinator.drain.remote())
         except ray.exceptions.RayError as error:

@@ -300,7 +300,7 @@ def share_of(rank: int, **changes: Any) -> Share:
         "identity": "i", "data_fingerprint": "f", "attempt": "0001-aa", "world_size": 2,
         "versions": {"rank": str(rank)}, "unix_time": 1,
     }  # fmt: skip
-    return Share(rank=rank, manifest=Manifest.model_validate(manifest | changes))
+    return Share(rank=rank, manifest=Manifest.model_validate(manifest | changes), writers=(0, 1))
 
 
 def test_shares_become_one_manifest() -> None:
@@ -323,7 +323,7 @@ def test_share_that_failed_or_is_missing_prevents_the_commit(tmp_path: Path, cfg
     failed = share_of(1).model_copy(update={"error": "disk full"})
     outcome = commits.commit([share_of(0), failed])
     assert (outcome.manifest, outcome.error, outcome.fatal) == (None, "rank 1: disk full", False)
-    assert "there are shares of ranks [0], not of all 2" in commits.commit([share_of(0)]).error
+    assert "there are no shares of ranks [1]" in commits.commit([share_of(0)]).error
     assert Storage(str(tmp_path)).list() == []
 
 

@@ -125,10 +125,10 @@ class SavesBeforeTheMerge(Ours):
         cross, save = loop._cross_boundary, loop.Checkpointer.save
         before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def crossing(world: Any, method: Any, state: loop.TrainState, done: int) -> Any:
+        def crossing(world: Any, method: Any, state: loop.TrainState, done: int, *args: Any) -> Any:
             if done > spec.warm_start_steps:
                 before.extend((t, t.clone()) for t in state_tensors(state))
-            return cross(world, method, state, done)
+            return cross(world, method, state, done, *args)
 
         def saving(*args: Any, **kwargs: Any) -> Any:
             after = [(t, t.clone()) for t, _ in before]

@@ -1,11 +1,10 @@
-"""Real Ray: two workers through the driver; a worker killed; an error that a restart cannot mend. Nothing faked."""
+"""Real Ray: two workers through the driver; an error that a restart cannot mend; a driver that stopped."""
 
 from __future__ import annotations
 
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,10 +47,6 @@ def losses(cfg: RunConfig) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read(run_storage(cfg), "train")}
 
 
-def evals(cfg: RunConfig) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read(run_storage(cfg), "eval")}
-
-
 def test_run_reaches_its_end_and_exports(reference: RunConfig) -> None:
     storage = run_storage(reference)
     assert sorted(losses(reference)) == list(range(1, 94))
@@ -59,31 +54,6 @@ def test_run_reaches_its_end_and_exports(reference: RunConfig) -> None:
     assert [a["world_size"] for a in read_all(storage, "attempt")] == [2]
     assert storage.exists("model/model.safetensors")
     assert losses(reference)[93] < losses(reference)[1] - 1
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_killed_worker_changes_nothing_in_the_result(
-    reference: RunConfig, data: Path, tmp_path: Path, rank: int
-) -> None:
-    """SIGKILL in the middle of a cycle: the run recovers by itself, and every loss is the undisturbed run's."""
-    cfg = config(data, tmp_path, "steps=93")
-    pids: dict[int, int] = {}
-    killed = threading.Event()
-
-    def on_event(event: dict[str, Any]) -> None:
-        if event["kind"] == "worker":
-            pids[event["rank"]] = event["pid"]
-        if event["kind"] == "train" and event["step"] >= 13 and not killed.is_set():
-            killed.set()
-            os.kill(pids[rank], signal.SIGKILL)
-
-    driver.run(cfg, on_event=on_event)
-    assert killed.is_set()
-    attempts = read_all(run_storage(cfg), "attempt")
-    assert len(attempts) == 2, "the kill took place"
-    assert 0 < attempts[1]["step"] < 93
-    assert losses(cfg) == losses(reference)
-    assert evals(cfg) == evals(reference)
 
 
 def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: None, data: Path, tmp_path: Path) -> None:
@@ -110,7 +80,7 @@ def test_same_command_again_continues(local_ray: None, data: Path, tmp_path: Pat
                 os.kill(pid, signal.SIGKILL)
             pids.append(0)
 
-    with pytest.raises(RunFailedError, match="Ray Train gave up"):
+    with pytest.raises(RunFailedError, match=r"cluster\.max_failures=0 allows no more; the last: rank .*SIGKILL"):
         driver.run(cfg, on_event=stop_at_8)
     assert list_manifests(run_storage(cfg))[-1] < 93
     driver.run(config(data, tmp_path, "steps=93"), on_event=lambda event: None)

@@ -1,0 +1,242 @@
+"""What Ray Train runs in every worker: an agent, which starts the process that trains and watches it.
+
+It outlives that process. When a rank is lost, all agents end theirs and ask the coordinator for the next attempt, which
+begins a second later in new processes: Ray need not start anything. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.util
+from ray.train.backend import Backend, BackendConfig
+
+from relora_ray.config_file import parse_config
+from relora_ray.runtime import prefork
+from relora_ray.runtime.messages import Member, Orders, Start
+
+
+class Rendezvous(BackendConfig):
+    """The ranks meet in the processes that train, not in Ray's workers, so Ray sets nothing up for them. In place of a
+    TorchConfig, with which every worker would import torch."""
+
+    backend = "none"
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _SharedDevices
+
+
+class _SharedDevices(Backend):
+    share_cuda_visible_devices = True  # or NCCL cannot use links between a machine's GPUs
+
+
+logger = logging.getLogger(__name__)
+
+PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
+CHECK_S = 0.5
+STACK_LINES = 30
+
+
+def run_agent(job: dict[str, Any]) -> None:
+    """`job`: "config" (the run's YAML) and "coordinator" (its actor handle). Returns at the end of the run."""
+    coordinator = job["coordinator"]
+    cfg = parse_config(job["config"])
+    train = ray.train.get_context()
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "Ray Train starts its workers in a placement group"
+    host = ray.util.get_node_ip_address()
+    while True:
+        member = Member(
+            group=group.id.hex(),
+            rank=train.get_world_rank(),
+            size=train.get_world_size(),
+            node=ray.get_runtime_context().get_node_id(),
+            host=host,
+            port=_free_port(host),
+        )
+        start: Start | None = ray.get(coordinator.join.remote(member))
+        if start is None:
+            return
+        if _Watch(coordinator, member, start, job["config"], _device(cfg.cluster.gpus_per_worker)).run():
+            return
+
+
+class _Watch:
+    """One attempt's process on this rank, from its start to its end."""
+
+    def __init__(self, coordinator: Any, member: Member, start: Start, config: str, device: str) -> None:
+        self._coordinator, self._member, self._start = coordinator, member, start
+        cluster = parse_config(config).cluster
+        self._silence_s, self._stall_s = cluster.silence_timeout_s, cluster.stall_timeout_s
+        self._stacks = Path(tempfile.mkstemp(prefix="relora-ray-stacks-")[1])
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = prefork.spawn(_key(), PRELOAD, theirs, _train, config, start, device, str(self._stacks))
+        self._sending = threading.Lock()
+        self._news: queue.Queue[Orders | None] = queue.Queue()
+        """Orders, or None when the process has ended."""
+        self._alive = self._progress = time.monotonic()
+        self._reason, self._done = "", False
+        self._tell({"kind": "worker", "rank": start.rank, "pid": self._process.pid, "agent_pid": os.getpid()})
+
+    def run(self) -> bool:
+        """True at the end of the run, False when the attempt is over and there will be another."""
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._follow, daemon=True).start()
+        number, rank = self._start.attempt, self._start.rank
+        try:
+            while True:
+                try:
+                    news = self._news.get(timeout=CHECK_S)
+                except queue.Empty:
+                    self._end_if_stuck()
+                    continue
+                if news is None and self._done:
+                    return bool(ray.get(self._coordinator.done.remote(number, rank)))
+                if news is None:
+                    reason = self._reason or _ended_how(self._process.wait())
+                    ray.get(self._coordinator.lost.remote(number, rank, reason))
+                    return False
+                if news.stop:
+                    return False
+                self._send(0, news)
+        finally:
+            self._process.kill()
+            self._connection.close()
+            self._stacks.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        """In a thread: what the process says, until it ends."""
+        with ThreadPoolExecutor(4, thread_name_prefix="relora-ray-agent") as pool:
+            try:
+                while True:
+                    number, name, args = self._connection.recv()
+                    self._alive = time.monotonic()
+                    if name in ("record", "progress"):
+                        self._progress = self._alive
+                    if name == "record":
+                        self._tell(args[0])
+                    elif number:
+                        pool.submit(self._answer, number, name, args)
+            except (EOFError, OSError):
+                self._news.put(None)
+
+    def _answer(self, number: int, name: str, args: tuple[Any, ...]) -> None:
+        """In a thread: do what the process asks for."""
+        try:
+            self._send(number, self._do(name, args))
+        except OSError:
+            pass  # the process has ended meanwhile
+        except Exception as error:  # the process would wait for ever
+            logger.exception("%s failed", name)
+            self._reason = f"its agent could not {name}: {error}"
+            os.kill(self._process.pid, signal.SIGKILL)
+
+    def _do(self, name: str, args: tuple[Any, ...]) -> Any:
+        number, rank = self._start.attempt, self._start.rank
+        if name == "done":
+            self._done = True
+        elif name == "failed":
+            self._reason, lasting = args
+            if lasting:
+                ray.get(self._coordinator.fail.remote(number, self._reason))
+        elif name == "arrive":
+            return ray.get(self._coordinator.arrive.remote(*args))
+        elif name == "commit":
+            return ray.get(self._coordinator.commit_bytes.remote(*args))
+        elif name == "leaving":
+            return ray.get(self._coordinator.leaving.remote(number))
+        elif name == "pause":
+            return ray.get(self._coordinator.pause.remote(number, rank, *args))
+        else:
+            raise AssertionError(name)
+        return None
+
+    def _follow(self) -> None:
+        """In a thread: the coordinator's orders, as they come."""
+        seen = Orders()
+        while not seen.stop:
+            try:
+                seen = ray.get(self._coordinator.watch.remote(self._start, self._member, seen))
+            except ray.exceptions.RayError as error:
+                logger.warning("no orders can be had: %s", error)
+                seen = Orders(stop=True)
+            self._news.put(seen)
+
+    def _send(self, number: int, value: Any) -> None:
+        with self._sending:
+            self._connection.send((number, value))
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self._coordinator.tell.remote(self._start.attempt, event)
+
+    def _end_if_stuck(self) -> None:
+        now = time.monotonic()
+        if self._done:
+            return
+        if now - self._alive > self._silence_s:
+            self._reason = f"its process gave no sign of life for {self._silence_s} s: stopped, or swapped out"
+        elif now - self._progress > self._stall_s:
+            self._reason = f"no step, evaluation or checkpoint for {self._stall_s} s; it was in\n{self._stack()}"
+        else:
+            return
+        os.kill(self._process.pid, signal.SIGKILL)
+
+    def _stack(self) -> str:
+        """Where the process is, innermost call first."""
+        os.kill(self._process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        text = self._stacks.read_text()
+        main = text.rpartition("Thread 0x")[2] or text  # the thread that trains is written last
+        return "\n".join(main.splitlines()[:STACK_LINES])
+
+
+def warm_up() -> None:
+    """Have everything imported on this machine before there is an agent. Returns when it is."""
+    prefork.warm(_key(), PRELOAD)
+
+
+def _key() -> str:
+    context = ray.get_runtime_context()
+    return f"{context.get_node_id()} {context.get_job_id()}"
+
+
+def _ended_how(code: int) -> str:
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    return f"its process ended with code {code}"
+
+
+def _train(*args: Any) -> None:
+    """In the process that trains."""
+    from relora_ray.runtime.trainer import train
+
+    train(*args)
+
+
+def _device(gpus: int) -> str:
+    if not gpus:
+        return "cpu"
+    import ray.train.torch
+
+    return str(ray.train.torch.get_device())
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as found:
+        found.bind((host, 0))
+        port: int = found.getsockname()[1]
+        return port

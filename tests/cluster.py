@@ -1,0 +1,77 @@
+"""A real Ray cluster of several machines, all on this one, whose machines can be added, drained and lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+
+class Machines:
+    """A head without CPUs, where the driver is, and machines of one CPU each."""
+
+    def __init__(self, count: int, *, runtime_env: dict[str, Any] | None = None) -> None:
+        """`runtime_env`: of the job that this process becomes."""
+        self._folder = tempfile.mkdtemp(prefix="ray-")  # short: its sockets' paths have a limit
+        os.environ["RAY_TMPDIR"] = self._folder
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = self._cluster.address
+        # Now, or it may be on any of the machines.
+        ray.init(address=self.address, log_to_driver=False, runtime_env=runtime_env)
+        self.nodes: list[Any] = []
+        for _ in range(count):
+            self.add()
+
+    def pid_of(self, title: str) -> int:
+        """The one Ray worker of this cluster with that title."""
+        nodes = [*self.nodes, self._cluster.head_node]
+        daemons = {info.process.pid for n in nodes for infos in n.all_processes.values() for info in infos}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent in daemons and (folder / "cmdline").read_text().startswith(title):
+                    found.append(int(folder.name))
+        assert len(found) == 1, found
+        return found[0]
+
+    def add(self) -> Any:
+        node = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        self.nodes.append(node)
+        return node
+
+    def lose(self, node: Any) -> None:
+        """SIGKILL all of the machine's daemons."""
+        self.nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Any, seconds: float) -> None:
+        """What a cloud's notice becomes: the machine will be taken away after so many seconds."""
+        accepted, why = GcsClient(self.address).drain_node(
+            node.node_id,
+            autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+            "a notice",
+            int((time.time() + seconds) * 1000),
+        )
+        assert accepted, why
+
+    def kill(self) -> None:
+        """SIGKILL all daemons, while this process is still connected: it should end soon."""
+        for node in [*self.nodes, self._cluster.head_node]:
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def shutdown(self) -> None:
+        ray.shutdown()
+        self._cluster.shutdown()
+        os.environ.pop("RAY_TMPDIR", None)
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""A real Ray cluster whose machines come and go under a run; nothing is faked but that they are one machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train.torch import TorchTrainer
+
+from relora_ray.config import RunConfig
+from relora_ray.metrics import read, read_all
+from relora_ray.runs import run_storage
+from relora_ray.runtime import driver, elastic
+from relora_ray.runtime.driver import preflight
+from relora_ray.storage import Storage
+from tests.cluster import Machines
+from tests.tiny import losses, run, tiny_config
+
+STEADY = 20
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    cluster = Machines(1)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_rays_private_classes_are_as_expected() -> None:
+    """If this fails, Ray has changed: see what relora_ray/runtime/elastic.py needs of it."""
+    assert elastic.missing == ""
+    assert elastic._what_is_unknown() == ""
+    assert issubclass(elastic.trainer_class(None), TorchTrainer)
+
+
+def test_other_version_of_ray_falls_back_to_its_own_policy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(elastic.ElasticScalingPolicy, "_count_possible_workers")
+    assert elastic.trainer_class(None) is TorchTrainer
+    assert "there is no ElasticScalingPolicy._count_possible_workers" in caplog.text
+
+
+def pages(storage: Storage, folder: str) -> list[dict[str, Any]]:
+    return [json.loads(storage.get(path)) for path in storage.list(folder)]
+
+
+def drive(cfg: RunConfig, actions: list[tuple[int, Callable[[], None]]]) -> Events:
+    """Run the driver in a thread, and here each action when so many workers have trained for `STEADY` steps (Ray adds
+    machines on the main thread only)."""
+    events, ended = Events(), threading.Event()
+    failures: list[BaseException] = []
+
+    def run_driver() -> None:
+        try:
+            driver.run(cfg, on_event=events)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run_driver, daemon=True).start()
+    for world_size, action in actions:
+        while not (events.world_size == world_size and events.step >= events.from_step + STEADY):
+            assert not ended.wait(0.05), f"it ended before {world_size} workers trained"
+        action()
+    assert ended.wait(400)
+    if failures:
+        raise failures[0]
+    return events
+
+
+class Events:
+    """What the driver's events said of the newest attempt."""
+
+    def __init__(self) -> None:
+        self.world_size = self.from_step = self.step = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "attempt":
+            self.world_size, self.from_step = event["world_size"], event["step"]
+        if event["kind"] == "train":
+            self.step = event["step"]
+
+
+def test_workers_come_and_go_and_the_result_stays(machines: Machines, data: Path, tmp_path: Path) -> None:
+    """1 -> 2 -> 1 -> 3 workers: losses, merges, and no step is done twice."""
+    overrides = (
+        "steps=1200", "method.warm_start_steps=200", "method.merge_every_steps=200", "checkpoint.save_every_steps=100",
+        "checkpoint.save_async=true", "schedule.warmup_steps=20", "schedule.restart_warmup_steps=20",
+        "optimizer.learning_rate=1e-3", "data.seq_len=128", "global_batch_rows=12",
+    )  # fmt: skip
+    cfg = preflight(tiny_config(data, tmp_path / "a", "cluster.workers=3", "cluster.min_workers=1", *overrides))
+
+    def replace_by_two() -> None:
+        machines.lose(machines.nodes[1])
+        machines.add()
+        machines.add()
+
+    drive(cfg, [(1, machines.add), (2, lambda: machines.drain(machines.nodes[1], 120)), (1, replace_by_two)])
+    storage = run_storage(cfg)
+    attempts = read_all(storage, "attempt")
+    assert [a["world_size"] for a in attempts] == [1, 2, 1, 3], "the resizes took place"
+    restarts = pages(storage, "restarts")
+    assert [r["change"] for r in restarts] == ["start", "resize", "resize", "resize"]
+    assert [r["steps_lost"] for r in restarts] == [0, 0, 0, 0]
+    _, expected = run(tiny_config(data, tmp_path / "b", *overrides))
+    found = {r["step"]: r["loss"] for r in read(storage, "train")}
+    assert found == pytest.approx(losses(expected), rel=1e-5)
+    assert [b["step"] for b in read(storage, "boundary")] == [r["step"] for r in expected if r["kind"] == "boundary"]
+    assert [p["step"] for p in pages(storage, "ledger")] == list(range(200, 1201, 200))
