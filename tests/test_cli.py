@@ -123,7 +123,7 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     storage = f"s3://{BUCKET}/driver-{os.urandom(4).hex()}"
     command = [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
                f"storage_options={options}", "train.log_every_steps=1",
-               "steps=603", "checkpoint.save_async=true", "checkpoint.save_every_steps=6"]  # fmt: skip
+               "steps=303", "checkpoint.save_async=true", "checkpoint.save_every_steps=6"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
@@ -138,7 +138,7 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     there = Storage(f"{storage}/tiny", moto.options)
-    assert 0 < list_manifests(there)[-1] < 603
+    assert 0 < list_manifests(there)[-1] < 303
     how_it_is = [sys.executable, "-m", "relora_ray.status", there.url] + [
         f"--storage-option={name}={value}" for name, value in moto.options.items()
     ]
@@ -147,13 +147,13 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert SECRET not in done.stdout + done.stderr
-    _, records = run(tiny_config(data, tmp_path, "steps=603", "train.log_every_steps=1"))
+    _, records = run(tiny_config(data, tmp_path, "steps=303", "train.log_every_steps=1"))
     found = {r["step"]: r["loss"] for r in read(there, "train")}
     assert found.keys() == losses(records).keys()
     assert found == pytest.approx(losses(records), rel=1e-5)
     said = subprocess.run(how_it_is, capture_output=True, text=True, cwd=ROOT).stdout
     assert "run tiny: finished" in said
-    assert re.search(r"step      603 of 603\n  attempt   0002-\w+: 1 worker", said), said
+    assert re.search(r"step      303 of 303\n  attempt   0002-\w+: 1 worker", said), said
     assert re.search(r"goodput   \d+\.\d%: \d+ s of \d+ s went into steps that count", said), said
 
 

@@ -90,6 +90,14 @@ class Commits:
             return Outcome(manifest=None, error=f"{type(error).__name__}: {error}", fatal=True)
         return Outcome(manifest=manifest)
 
+    def committed(self, draft: Manifest) -> Manifest | None:
+        """What this attempt has committed at the step of `draft`, if it has."""
+        try:
+            found = read_manifest(self._storage, draft.step)
+        except ReloraError:
+            return None
+        return found if found.attempt == draft.attempt else None
+
     def prune(self, committed: Manifest) -> None:
         """Remove what is no longer needed, after a commit. Never raises: the next one tries again."""
         self._prune(committed.attempt, keep_last=self._cfg.keep_last)

@@ -6,6 +6,7 @@ begins a second later in new processes: Ray need not start anything. Torch is no
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -82,7 +83,9 @@ class _Watch:
         self._coordinator, self._member, self._start = coordinator, member, start
         cluster = parse_config(config).cluster
         self._silence_s, self._stall_s = cluster.silence_timeout_s, cluster.stall_timeout_s
-        self._stacks = Path(tempfile.mkstemp(prefix="relora-ray-stacks-")[1])
+        descriptor, path = tempfile.mkstemp(prefix="relora-ray-stacks-")
+        os.close(descriptor)
+        self._stacks = Path(path)
         self._connection, theirs = multiprocessing.Pipe()
         self._process = prefork.spawn(_key(), PRELOAD, theirs, _train, config, start, device, str(self._stacks))
         self._sending = threading.Lock()
@@ -132,6 +135,8 @@ class _Watch:
                     elif number:
                         pool.submit(self._answer, number, name, args)
             except (EOFError, OSError):
+                pass
+            finally:
                 self._news.put(None)
 
     def _answer(self, number: int, name: str, args: tuple[Any, ...]) -> None:
@@ -143,7 +148,7 @@ class _Watch:
         except Exception as error:  # the process would wait for ever
             logger.exception("%s failed", name)
             self._reason = f"its agent could not {name}: {error}"
-            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.end()
 
     def _do(self, name: str, args: tuple[Any, ...]) -> Any:
         number, rank = self._start.attempt, self._start.rank
@@ -161,6 +166,8 @@ class _Watch:
             return ray.get(self._coordinator.leaving.remote(number))
         elif name == "pause":
             return ray.get(self._coordinator.pause.remote(number, rank, *args))
+        elif name == "resumed":
+            ray.get(self._coordinator.resumed.remote(number, rank))
         else:
             raise AssertionError(name)
         return None
@@ -171,7 +178,7 @@ class _Watch:
         while not seen.stop:
             try:
                 seen = ray.get(self._coordinator.watch.remote(self._start, self._member, seen))
-            except ray.exceptions.RayError as error:
+            except Exception as error:  # whatever it is, somebody must end the process
                 logger.warning("no orders can be had: %s", error)
                 seen = Orders(stop=True)
             self._news.put(seen)
@@ -193,15 +200,15 @@ class _Watch:
             self._reason = f"no step, evaluation or checkpoint for {self._stall_s} s; it was in\n{self._stack()}"
         else:
             return
-        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.end()
 
     def _stack(self) -> str:
         """Where the process is, innermost call first."""
-        os.kill(self._process.pid, signal.SIGUSR1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGUSR1)
         time.sleep(0.5)
-        text = self._stacks.read_text()
-        main = text.rpartition("Thread 0x")[2] or text  # the thread that trains is written last
-        return "\n".join(main.splitlines()[:STACK_LINES])
+        before, _, main = self._stacks.read_text().rpartition("Current thread ")  # the one that trains takes signals
+        return "\n".join((main or before).splitlines()[1:STACK_LINES])
 
 
 def warm_up() -> None:

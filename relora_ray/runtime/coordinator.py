@@ -17,6 +17,7 @@ import json
 import logging
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,15 @@ import ray
 
 from relora_ray.checkpoint import Commits, Manifest, Outcome, Share
 from relora_ray.checkpoint.checkpointer import LAST_WORDS_S
-from relora_ray.checkpoint.manifest import attempt_number
+from relora_ray.checkpoint.manifest import attempt_number, list_manifests
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ReloraError
 from relora_ray.parallel import disagreement
 from relora_ray.runs import run_storage
 from relora_ray.runtime.messages import Arrival, Cause, Event, Member, Orders, Start
 
+MAX_EVENTS = 100_000
+"""What nobody fetches is forgotten, the oldest first."""
 TELL_S = 30.0
 """An actor that replaces one that died is told within this what is under way."""
 
@@ -48,11 +51,13 @@ class Coordinator:
         self._saves: dict[tuple[int, int, str], _Save] = {}
         self._boundaries: dict[tuple[int, int, str], _Boundary] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._fatal, self._finished = "", False
         self._group, self._past_groups = "", {""}
         self._gathering = _Gathering()
         self._attempt: _Attempt | None = None
+        self._steps, self._ended = cfg.steps, 0
+        self._adopted: Start | None = None
         self._began, self._told = False, asyncio.Event()
         """Whether this actor has begun an attempt, or was told of one that an actor before it began."""
         # Unique over the lives of this actor: agents of an attempt that it has forgotten must not be taken for others.
@@ -70,6 +75,11 @@ class Coordinator:
         for anybody or for this group."""
         if self._fatal or self._finished or member.group in self._past_groups:
             return None
+        if (running := self._attempt) is not None and member.group == self._group:
+            if self._adopted is not None and running.members.get(member.rank, member) == member:
+                running.members[member.rank] = member  # the answer to it was lost with the actor before this one
+                return dataclasses.replace(self._adopted, rank=member.rank)
+            self._end_attempt()  # it asks for another: its process is over
         if member.group != self._group:  # Ray has started another
             self._past_groups.add(self._group)
             self._past_groups.discard("")
@@ -82,10 +92,14 @@ class Coordinator:
         if len(gathering.members) == member.size:
             self._gathering = _Gathering()
             await self._settle()
+            if member.group != self._group:  # replaced meanwhile
+                gathering.give_up()
+                return None
+            self._end_attempt()
             self._number += 1
             cause = self._cause or Cause("failure", "Ray replaced the worker group")
             self._attempt = _Attempt(self._number, list(gathering.members.values()), member.size, cause)
-            self._cause, self._began = None, True
+            self._cause, self._began, self._adopted = None, True, None
             gathering.begin(self._attempt)
         await gathering.complete.wait()
         return gathering.starts.get(member.rank)
@@ -96,8 +110,13 @@ class Coordinator:
             self._began, self._group = True, member.group
             self._attempt = _Attempt(start.attempt, [], start.size, start.cause)
             self._attempt.trains = True
-            self._cause = None
+            self._cause, self._adopted = None, start
             self._told.set()
+            for rank in self._gathering.members:
+                self._gathering.starts[rank] = dataclasses.replace(start, rank=rank)
+            self._attempt.members |= self._gathering.members
+            self._gathering.give_up()
+            self._gathering = _Gathering()
         mine = self._attempt
         if mine is None or mine.number != start.attempt:
             return Orders(stop=True)
@@ -123,13 +142,14 @@ class Coordinator:
                     f"more; the last: {self._cause.text}"
                 )
         await self._wait_for_save(mine)
+        self._ended = mine.number
         self._end_attempt(mine)
 
     async def done(self, attempt: int, rank: int) -> bool:
         """A rank came to the end of the run; returns when all have (True) or one is lost (False)."""
         mine = await self._find(attempt)
-        if mine is None:
-            return self._finished
+        if mine is None:  # an actor that has died may have let the others go
+            return self._finished or await asyncio.to_thread(self._is_finished)
         mine.done.add(rank)
         if len(mine.done) == mine.size:
             self._finished = True
@@ -140,9 +160,12 @@ class Coordinator:
         return self._finished
 
     async def fail(self, attempt: int, message: str) -> None:
-        """A worker's error that a restart cannot mend; the first counts."""
-        if await self._find(attempt) is not None:
+        """A worker's error that a restart cannot mend; the first counts, also if another rank was quicker to end."""
+        if await self._find(attempt) is not None or attempt == self._ended:
             self._fatal = self._fatal or message
+
+    def _is_finished(self) -> bool:
+        return self._steps in list_manifests(self._storage) and self._storage.exists("model/config.json")
 
     def fatal(self) -> str:
         return self._fatal
@@ -176,15 +199,21 @@ class Coordinator:
 
     # Wishes of the elastic policy.
 
-    def ask_to_save(self, leaving: list[str], cause: str, wait: bool) -> None:
+    def ask_to_save(self, leaving: list[str], cause: str, wait: bool) -> bool:
         """Have all ranks store their state after the next step and then `wait`, for a resize. `leaving`: machines that
-        will soon be gone."""
-        if self._attempt is not None:
-            self._attempt.paused = {}
-            self._attempt.leaving = [m.rank for m in self._attempt.members.values() if m.node in leaving]
-            self._attempt.waits = wait
-            self._next_cause = Cause("resize", cause)
-            self._attempt.order(save=time.time_ns())
+        will soon be gone. False if nothing is being trained: ask again."""
+        mine = self._attempt
+        if mine is None:
+            return False
+        mine.leaving = [m.rank for m in mine.members.values() if m.node in leaving]
+        mine.waits = wait
+        self._next_cause = Cause("resize", cause)
+        mine.order(save=max(time.time_ns(), mine.orders.save + 1))
+        return True
+
+    def is_asked(self) -> bool:
+        """Whether a wish is still to be fulfilled: not if the attempt ended or the state could not be stored."""
+        return self._attempt is not None and self._attempt.orders.save > self._attempt.orders.go_on
 
     async def pause(self, attempt: int, rank: int, step: int, stored: bool) -> Orders:
         """A rank has stored what it was asked to store, or has not been able to."""
@@ -197,6 +226,11 @@ class Coordinator:
         if not stored or (not mine.waits and len(mine.paused) == mine.size):
             mine.order(go_on=mine.orders.save)
         return mine.orders
+
+    async def resumed(self, attempt: int, rank: int) -> None:
+        """A rank has waited long enough and trains."""
+        if (mine := await self._find(attempt)) is not None:
+            mine.paused.pop(rank, None)
 
     def is_paused(self) -> bool:
         """Whether the state is stored and all ranks wait: a resize loses nothing."""
@@ -279,6 +313,12 @@ class Coordinator:
         key = (attempt_number(manifest.attempt), manifest.step, manifest.attempt)
         for over in [other for other in self._saves if other < key]:  # an attempt has one save under way
             del self._saves[over]
+        found = None
+        if key not in self._saves and (self._told.is_set() or not self._began):
+            # The actor before this one may have committed it and not told everybody.
+            found = await asyncio.to_thread(self._commits.committed, manifest)
+        if found is not None:
+            return Outcome(manifest=found)
         save = self._saves.setdefault(key, _Save(set(share.writers)))
         if save.outcome.done():  # it was given up, or needs nothing of this rank
             return save.outcome.result()
@@ -293,7 +333,7 @@ class Coordinator:
             await asyncio.wait_for(save.complete.wait(), self._timeout_s)
         except asyncio.TimeoutError:
             missing = sorted(save.writers - save.shares.keys())
-            if not save.outcome.done():
+            if not save.outcome.done() and not save.complete.is_set():
                 error = f"no share from ranks {missing} in {self._timeout_s} s"
                 save.outcome.set_result(Outcome(manifest=None, error=error))
         return await asyncio.shield(save.outcome)
@@ -346,7 +386,8 @@ class Coordinator:
 
     def drain(self) -> list[Event]:
         """The events since the last call. Only the driver asks."""
-        events, self._events = self._events, []
+        events = list(self._events)
+        self._events.clear()
         return events
 
     def _warn(self, message: str) -> None:

@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray import config as rc
+from relora_ray.checkpoint import list_manifests
 from relora_ray.config_file import to_yaml
 from relora_ray.errors import ConfigError, RunFailedError
 from relora_ray.loop import open_batches
@@ -111,6 +112,10 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
             raise KeyboardInterrupt from error
     if fatal := ray.get(coordinator.fatal.remote()):
         raise RunFailedError(fatal)
+    if cfg.steps not in list_manifests(run_storage(cfg)):
+        raise RunFailedError(
+            f"the workers ended before step {cfg.steps} was stored. Run the same command again to continue."
+        )
 
 
 def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:

@@ -44,6 +44,8 @@ KNOCK_S = 2.0
 """A machine that does not answer for so long is gone."""
 WARM_S = 60.0
 """A new machine that has not imported everything by then is taken in as it is."""
+ASK_AGAIN_S = 10.0
+"""Between a wish that came to nothing and the next."""
 CALL_S = 10.0
 """The coordinator answers within this."""
 LAST_WORDS_S = 70.0
@@ -51,6 +53,7 @@ LAST_WORDS_S = 70.0
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # of an agent that does not answer
     # Drained machines are this module's affair: Ray's own watcher would wait until all workers have ended.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
@@ -109,6 +112,9 @@ if not missing:
             self._group_start: float | None = None
             self._asked: int | None = None
             """The size that the ranks were asked to store their state for."""
+            self._ask_again_at = 0.0
+            self._leaving: set[str] = set()
+            """Machines that are being drained."""
             self._told_leaving: set[str] = set()
             self._warming: dict[str, tuple[Any, float]] = {}
             """By machine: the task that has everything imported there, and since when."""
@@ -140,19 +146,25 @@ if not missing:
                 return NoopDecision()
             self._checked_at = now
             self._maybe_send_resource_request()
-            resources, leaving = self._get_reserved_resources(), _draining()
+            resources = self._get_reserved_resources()
             if resources is None:
                 return NoopDecision()
+            leaving = self._leaving
+            if self._asked is not None and not self._call("is_asked"):  # the attempt ended, or nothing could be stored
+                self._asked, self._ask_again_at = None, now + ASK_AGAIN_S
+                self._told_leaving.clear()
             possible = self._count_possible_workers(resources)
             if possible != self._possible:
                 self._possible, self._possible_since = possible, now
             wanted = size if possible < self.scaling_config.min_workers else possible
             if wanted > size and not (self._are_warm(resources) and now - self._possible_since >= STEADY_S):
                 wanted = size
+            if now < self._ask_again_at:
+                return NoopDecision()
             if wanted != size and wanted != self._asked:
                 verb = "machines are being drained" if leaving and wanted < size else "machines came or went"
-                self._ask(leaving, f"{verb}: {size} -> {wanted} workers", wait=True)
-                self._asked = wanted
+                if self._ask(leaving, f"{verb}: {size} -> {wanted} workers", wait=True):
+                    self._asked = wanted
             elif wanted == size and self._asked is not None:
                 self._call("go_on")
                 self._asked = None
@@ -170,9 +182,11 @@ if not missing:
             tasks = [task for node, (task, since) in self._warming.items() if time.monotonic() - since < WARM_S]
             return len(ray.wait(tasks, num_returns=len(tasks), timeout=0)[0]) == len(tasks) if tasks else True
 
-        def _ask(self, leaving: set[str], cause: str, *, wait: bool) -> None:
-            self._told_leaving |= leaving
-            self._call("ask_to_save", sorted(leaving), cause, wait)
+        def _ask(self, leaving: set[str], cause: str, *, wait: bool) -> bool:
+            accepted = bool(self._call("ask_to_save", sorted(leaving), cause, wait))
+            if accepted:
+                self._told_leaving |= leaving
+            return accepted
 
         def _resize(self, size: int, wanted: int) -> Any:
             self._asked = None
@@ -201,12 +215,12 @@ if not missing:
                     self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, True),
                     timeout=CALL_S,
                 )
-                leaving = _draining()
+                self._leaving = _draining()
                 self._gone = _unreachable(found) if time.monotonic() < self._doubt_until else set()
             except Exception as error:  # whatever it is: the run goes on at its size
                 logger.warning("the machines cannot be looked at: %s", error)
                 return None
-            return {node: resources for node, resources in found.items() if node not in leaving | self._gone}
+            return {node: resources for node, resources in found.items() if node not in self._leaving | self._gone}
 
 
 def _unreachable(nodes: Iterable[str]) -> set[str]:

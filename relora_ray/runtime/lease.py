@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from relora_ray.errors import RunBusyError, StorageError
@@ -33,7 +34,8 @@ PATIENCE_S = 3 * BEAT_S
 def only_driver(storage: Storage) -> Iterator[None]:
     """Hold the run's lease. RunBusyError if another driver has it; takes up to `PATIENCE_S` seconds if one had it."""
     _wait_until_free(storage)
-    mine = {"id": uuid.uuid4().hex, "host": platform.node(), "pid": os.getpid(), "beat": 0, "unix_time": time.time()}
+    mine = {"id": uuid.uuid4().hex, "host": platform.node(), "machine": _machine(), "pid": os.getpid(), "beat": 0,
+            "unix_time": time.time()}  # fmt: skip
     storage.put(PATH, json.dumps(mine).encode())
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(storage, mine, ended), name="relora-ray-lease", daemon=True)
@@ -66,7 +68,7 @@ def _wait_until_free(storage: Storage) -> None:
 
 def _is_dead(lease: dict[str, Any]) -> bool:
     """Whether its holder ran on this machine and is gone."""
-    if lease.get("host") != platform.node() or not isinstance(lease.get("pid"), int):
+    if not _machine() or lease.get("machine") != _machine() or not isinstance(lease.get("pid"), int):
         return False
     try:
         os.kill(lease["pid"], 0)
@@ -75,6 +77,15 @@ def _is_dead(lease: dict[str, Any]) -> bool:
     except OSError:
         return False
     return False
+
+
+def _machine() -> str:
+    """What process ids belong to: containers on one machine have ids of their own, and a reboot begins anew. Empty
+    where it cannot be known."""
+    try:
+        return f"{os.readlink('/proc/self/ns/pid')} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except OSError:
+        return ""
 
 
 def _beat(storage: Storage, mine: dict[str, Any], ended: threading.Event) -> None:
@@ -86,7 +97,7 @@ def _beat(storage: Storage, mine: dict[str, Any], ended: threading.Event) -> Non
                 return
             mine |= {"beat": mine["beat"] + 1, "unix_time": time.time()}
             storage.put(PATH, json.dumps(mine).encode())
-        except StorageError as error:
+        except Exception as error:  # a lease that is not renewed looks free
             logger.warning("%s could not be renewed: %s", PATH, error)
 
 

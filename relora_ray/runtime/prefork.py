@@ -26,16 +26,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 IDLE_S = 120.0
 """Without agents for so long the server ends."""
+END_S = 60.0
+"""A process that was sent SIGKILL is gone within this."""
 START_S = 120.0
 """The server has imported everything within this."""
-MAX_REQUEST = 2**20
 
 
 class Child:
@@ -46,13 +47,20 @@ class Child:
 
     def wait(self) -> int:
         """Its exit code, negative for a signal."""
+        self._control.settimeout(END_S)
         data = self._control.recv(16)
         return int(data) if data else -signal.SIGKILL  # the server is gone, and took it along
 
-    def kill(self) -> None:
-        """End it, if it still lives. Returns when it is gone."""
+    def end(self) -> None:
+        """Have it ended, if it still lives."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
+
+    def kill(self) -> None:
+        """End it, if it still lives. Returns when it is gone; TimeoutError if it cannot be ended (a driver hangs)."""
+        self.end()
+        self._control.settimeout(END_S)
+        with contextlib.suppress(ConnectionError):
             self._control.recv(16)
         self._control.close()
 
@@ -62,13 +70,23 @@ def spawn(key: str, preload: Sequence[str], pipe: Connection, target: Callable[.
 
     `target` must be importable. `pipe` is handed over: it is closed here.
     """
-    control = _connect(key, preload)
     request = pickle.dumps((target, args, dict(os.environ)))
-    assert len(request) <= MAX_REQUEST, f"{len(request)} bytes of arguments"
-    socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno()])
+    for last in (False, True):
+        control = _connect(key, preload)
+        control.settimeout(START_S)
+        try:
+            socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno()])
+            control.sendall(request)
+            child = Child(control, int.from_bytes(_receive(control, 8), "big"))
+        except (OSError, EOFError):  # the server ended just then: it had not been used for long
+            control.close()
+            if last:
+                pipe.close()
+                raise
+        else:
+            break
     pipe.close()
-    control.sendall(request)
-    return Child(control, int.from_bytes(_receive(control, 8), "big"))
+    return child
 
 
 def warm(key: str, preload: Sequence[str]) -> None:
@@ -142,44 +160,62 @@ def main() -> None:
             if key.fileobj is listener:
                 control, _ = listener.accept()
                 try:
-                    children[_fork(control, [listener, woken, wake, *children.values()])] = control
+                    _fork(control, [listener, woken, wake], children)
                     selector.register(control, selectors.EVENT_READ)
-                except (OSError, EOFError):  # there is no request: the agent died, or only wanted to know
+                except Exception as error:
+                    if not isinstance(error, (OSError, EOFError)):  # the agent died, or only wanted to know
+                        traceback.print_exc()
                     control.close()
             elif key.fileobj is woken:
                 woken.recv(4096)
             else:  # the agent is gone, or wants it ended
                 selector.unregister(key.fileobj)
-                os.kill(next(pid for pid, control in children.items() if control is key.fileobj), signal.SIGKILL)
-        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            control = children.pop(ended[0])
-            with contextlib.suppress(KeyError):
+                for pid, held in children.items():
+                    if held is key.fileobj:
+                        os.kill(pid, signal.SIGKILL)
+        for pid, status in _ended():
+            if pid not in children:  # its agent was gone before it began
+                continue
+            control = children.pop(pid)
+            with contextlib.suppress(KeyError, ValueError):
                 selector.unregister(control)
             with contextlib.suppress(OSError):
-                control.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
+                control.sendall(str(os.waitstatus_to_exitcode(status)).encode())
             control.close()
     Path(sys.argv[2]).unlink(missing_ok=True)
 
 
-def _fork(control: socket.socket, others: Sequence[socket.socket]) -> int:
-    """Read one request and fork its process; returns its id."""
+def _ended() -> Iterator[tuple[int, int]]:
+    """Ids and statuses of the processes that have ended since the last call."""
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            yield found
+
+
+def _fork(control: socket.socket, others: Sequence[socket.socket], children: dict[int, socket.socket]) -> None:
+    """Read one request and fork its process, which is added to `children`; its agent may be gone by then."""
     control.settimeout(10)
     length, fds, _, _ = socket.recv_fds(control, 8, 1)
     if len(length) < 8 or not fds:
         raise EOFError
-    target, args, environment = pickle.loads(_receive(control, int.from_bytes(length, "big")))
-    pid = os.fork()
-    if pid == 0:
-        _become(control, others, Connection(fds[0]), target, args, environment)
-    os.close(fds[0])
-    control.sendall(pid.to_bytes(8, "big"))
+    try:
+        target, args, environment = pickle.loads(_receive(control, int.from_bytes(length, "big")))
+        pid = os.fork()
+        if pid == 0:
+            _become([control, *others, *children.values()], Connection(fds[0]), target, args, environment)
+    finally:
+        os.close(fds[0])
+    try:
+        control.sendall(pid.to_bytes(8, "big"))
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    children[pid] = control
     control.settimeout(None)
-    return pid
 
 
 def _become(
-    control: socket.socket,
-    others: Sequence[socket.socket],
+    connections: Sequence[socket.socket],
     pipe: Connection,
     target: Callable[..., None],
     args: tuple[Any, ...],
@@ -190,7 +226,7 @@ def _become(
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for connection in (control, *others):
+        for connection in connections:
             connection.close()
         os.environ.clear()
         os.environ.update(environment)
@@ -199,9 +235,11 @@ def _become(
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            sys.stderr.flush()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 def _receive(control: socket.socket, size: int) -> bytes:

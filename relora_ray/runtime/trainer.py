@@ -48,9 +48,9 @@ def train(connection: Connection, config: str, start: Start, device: str, stacks
     cfg = parse_config(config)
     torch.set_num_threads(cfg.cluster.cpus_per_worker)
     _forward_warnings(link, start.rank)
-    try:
-        with _process_group(cfg, start, torch.device(device)) as world:
-            supervisor = _Agent(link, start)
+    with _process_group(cfg, start, torch.device(device)) as world:
+        supervisor = _Agent(link, start)
+        try:
             run_attempt(
                 cfg,
                 world,
@@ -59,11 +59,11 @@ def train(connection: Connection, config: str, start: Start, device: str, stacks
                 supervisor=supervisor,
                 cause=start.cause.text,
             )
-        link.call("done")
-    except BaseException as error:
-        lasting = isinstance(error, ReloraError) and not error.restart_helps
-        link.call("failed", f"{type(error).__name__}: {error}", lasting)
-        raise
+        except BaseException as error:  # told before the group ends, which the others would report first
+            lasting = isinstance(error, ReloraError) and not error.restart_helps
+            link.call("failed", f"{type(error).__name__}: {error}", lasting)
+            raise
+    link.call("done")
 
 
 @contextlib.contextmanager
@@ -165,7 +165,9 @@ class _Agent:
         self._saved_for = max(orders.save, self._link.orders.save)
         if orders.go_on < self._saved_for:
             with self._link.ordered:
-                self._link.ordered.wait_for(lambda: self._link.orders.go_on >= self._saved_for, timeout=PAUSE_S)
+                told = self._link.ordered.wait_for(lambda: self._link.orders.go_on >= self._saved_for, PAUSE_S)
+            if not told:
+                self._link.call("resumed")
 
 
 class _Forwarder(logging.Handler):

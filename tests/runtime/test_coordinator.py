@@ -161,6 +161,56 @@ def test_actor_in_place_of_one_that_died_is_told_what_is_under_way(
     play(test)
 
 
+def test_agent_whose_start_was_lost_with_the_actor_gets_the_same(
+    play: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    """Whether it asks the new one before that is told of the attempt, or after."""
+
+    async def test(coordinator: Coordinator) -> None:
+        starts = await begin(coordinator, 3)
+        after = Coordinator(to_yaml(tiny_config(data, tmp_path)))
+        asking = asyncio.create_task(after.join(member(1, 3)))
+        await asyncio.sleep(0.05)
+        watching = asyncio.create_task(after.watch(starts[0], member(0, 3), Orders()))
+        assert await asking == starts[1]
+        assert await after.join(member(2, 3)) == starts[2]
+        assert not watching.done()
+        new_port = Member("a", 2, 3, "node-2", "10.0.0.2", 1234)
+        again = asyncio.create_task(after.join(new_port))
+        assert (await watching).stop, "its process is over"
+        again.cancel()
+
+    play(test)
+
+
+def test_wish_that_cannot_be_fulfilled_is_known(play: Callable[..., Any]) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        assert not coordinator.ask_to_save([], "x", True), "nothing is trained"
+        number = (await begin(coordinator))[0].attempt
+        assert coordinator.ask_to_save([], "x", True)
+        assert coordinator.is_asked()
+        await coordinator.pause(number, 0, 8, False)
+        assert not coordinator.is_asked(), "it could not be stored"
+        assert coordinator.ask_to_save([], "x", True)
+        await coordinator.lost(number, 0, "gone")
+        assert not coordinator.is_asked()
+
+    play(test)
+
+
+def test_commit_whose_answer_was_lost_with_the_actor_is_known(
+    play: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        coordinator._storage.put("attempts/0001", b"aa")
+        outcome, _ = await asyncio.gather(*(coordinator.commit(share_of(rank)) for rank in (0, 1)))
+        assert outcome.manifest is not None
+        after = Coordinator(to_yaml(tiny_config(data, tmp_path)))
+        assert await after.commit(share_of(1)) == outcome
+
+    play(test)
+
+
 def arrivals(starts: list[Start], when: str, digests: list[int]) -> list[Arrival]:
     return [Arrival(s.attempt, s.rank, s.size, 6, when, d) for s, d in zip(starts, digests, strict=True)]
 

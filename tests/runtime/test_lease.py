@@ -42,7 +42,7 @@ def test_run_of_a_driver_that_is_gone_is_taken_over(storage: Storage) -> None:
         pass
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    here = {"id": "x", "host": lease.platform.node(), "pid": ended.pid, "beat": 3, "unix_time": 0}
+    here = {"id": "x", "host": "any", "machine": lease._machine(), "pid": ended.pid, "beat": 3, "unix_time": 0}
     storage.put(PATH, json.dumps(here).encode())
     lease.PATIENCE_S = 1000.0
     with only_driver(storage):
