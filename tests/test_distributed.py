@@ -229,12 +229,11 @@ def test_saved_at_two_loads_at_one_and_three(cfg: RunConfig, one: Any, three: An
 
 def test_flipped_bit_is_caught_at_the_next_boundary_and_nothing_is_saved(cfg: RunConfig, three: Any) -> None:
     for rank in three:
-        for kind, phase in (
-            ("weight", "before the boundary"),
-            ("moment", "(after the boundary|before the checkpoint)"),
-        ):
+        for kind in ("weight", "moment"):
             error = rank["corruption"][kind]["error"]
-            assert re.match(rf"RanksDisagreeError: {phase} at step 6: rank\(s\) \[1\] hold other values", error), error
+            assert re.match(
+                r"RanksDisagreeError: before the boundary at step 6: rank\(s\) \[1\] hold other values", error
+            ), error
     for kind in ("weight", "moment"):
         assert list_manifests(run_storage(renamed(cfg, f"flip-{kind}"))) == [0, 2, 3, 4]
 
