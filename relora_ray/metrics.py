@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import threading
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from statistics import median
 from typing import Any
@@ -85,24 +86,40 @@ class MetricsLog:
         return True
 
 
-def read_all(storage: Storage, kind: str) -> list[Record]:
-    """All records of one kind, attempt by attempt. A line that a crash cut short is left out."""
-    records = []
+def read_kinds(storage: Storage) -> dict[str, list[Record]]:
+    """All records by kind, attempt by attempt; no record of a kind is an empty list. Reads the whole log, once. A line
+    that a crash cut short is left out."""
+    kinds: dict[str, list[Record]] = defaultdict(list)
     for path in storage.list("metrics"):
         for line in storage.get(path).decode().splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(record, dict) and record.get("kind") == kind:
-                records.append(record)
-    return records
+            if isinstance(record, dict) and "kind" in record:
+                kinds[record["kind"]].append(record)
+    return kinds
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of one kind's records one per step, by step: the latest attempt's."""
+    by_step = {record["step"]: record for record in records}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_all(storage: Storage, kind: str) -> list[Record]:
+    """All records of one kind, attempt by attempt."""
+    return read_kinds(storage)[kind]
 
 
 def read(storage: Storage, kind: str) -> list[Record]:
     """One record of a kind per step, by step: the latest attempt's."""
-    by_step = {record["step"]: record for record in read_all(storage, kind)}
-    return [by_step[step] for step in sorted(by_step)]
+    return latest(read_all(storage, kind))
+
+
+def read_pages(storage: Storage, folder: str) -> list[Record]:
+    """What the coordinator wrote into restarts/ or ledger/: one object each, by name."""
+    return [json.loads(storage.get(path)) for path in storage.list(folder)]
 
 
 class StepTimer:

@@ -5,15 +5,13 @@ python -m relora_ray.report RUN
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 from relora_ray import metrics
 from relora_ray.config import RunConfig
-from relora_ray.errors import ReloraError
 from relora_ray.metrics import size_text
-from relora_ray.runs import read_config
-from relora_ray.storage import Storage, add_options_argument, parse_options
+from relora_ray.runs import print_about, read_config
+from relora_ray.storage import Storage
 
 
 def summary(storage: Storage) -> str:
@@ -23,21 +21,22 @@ def summary(storage: Storage) -> str:
 
 
 def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
-    evals = metrics.read(storage, "eval")
+    records = metrics.read_kinds(storage)
+    evals = metrics.latest(records["eval"])
     yield f"run {cfg.name} ({cfg.method.kind}), {storage.url}"
     if evals:
         yield "  held-out text           loss    perplexity"
     for record in evals:
         numbers = f"{record['loss']:7.4f}  {record['perplexity']:12.2f}"
         yield f"    after step {record['step']:>7,}  {numbers}{_note(cfg, record['step'])}"
-    trained = metrics.read(storage, "train")
+    trained = metrics.latest(records["train"])
     if trained:
         yield f"  trained   {trained[-1]['step']:,} of {cfg.steps:,} steps, {trained[-1]['tokens']:,} tokens"
-    boundaries = metrics.read(storage, "boundary")
+    boundaries = metrics.latest(records["boundary"])
     merges = [b["step"] for b in boundaries if b["boundary_kind"] == "merge"]
     where = " after steps " + ", ".join(f"{step:,}" for step in merges) if 0 < len(merges) < 20 else ""
     yield f"  merges    {len(merges)}{where}"
-    checkpoints = metrics.read(storage, "checkpoint")
+    checkpoints = metrics.latest(records["checkpoint"])
     if checkpoints:
         base = [c["base_bytes"] for c in checkpoints if c["base_is_new"]]
         delta = [c["delta_bytes"] for c in checkpoints]
@@ -46,7 +45,7 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
             f"delta {size_text(sum(delta))} in {len(delta)} (last: base {size_text(checkpoints[-1]['base_bytes'])}, "
             f"delta {size_text(delta[-1])})"
         )
-    attempts = metrics.read_all(storage, "attempt")
+    attempts = records["attempt"]
     yield f"  attempts  {len(attempts)}, world size {', '.join(str(a['world_size']) for a in attempts[-8:])}"
     if storage.exists("model/config.json"):
         yield f"  model     {storage.url}/model (plain Hugging Face folder)"
@@ -58,16 +57,7 @@ def _note(cfg: RunConfig, step: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m relora_ray.report", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("run", help="the run's folder or URL")
-    add_options_argument(parser)
-    args = parser.parse_args()
-    try:
-        print(summary(Storage(args.run, parse_options(args.storage_option))))
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print_about("report", __doc__.splitlines()[0], summary)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ The driver uses this before anything is spent, the loop at the start of an attem
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,7 @@ from relora_ray.checkpoint import Manifest, existing_step, list_manifests, read_
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
-from relora_ray.errors import ConfigError, DataError, StorageError
+from relora_ray.errors import ConfigError, DataError, ReloraError, StorageError
 from relora_ray.methods import Method, build_method
 from relora_ray.model import (
     build_model,
@@ -34,7 +36,7 @@ from relora_ray.model import (
     save_hf_folder,
 )
 from relora_ray.reference import is_reference_folder, read_reference
-from relora_ray.storage import Options, Storage
+from relora_ray.storage import Options, Storage, add_options_argument, parse_options
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -175,6 +177,18 @@ class Trained:
     model: nn.Module
     """With the method's structure, such as adapters."""
     manifest: Manifest
+
+
+def print_about(command: str, summary: str, text: Callable[[Storage], str]) -> None:
+    """The main function of a command that is given a run and prints `text` of it."""
+    parser = argparse.ArgumentParser(prog=f"python -m relora_ray.{command}", description=summary, allow_abbrev=False)
+    parser.add_argument("run", help="the run's folder or URL")
+    add_options_argument(parser)
+    args = parser.parse_args()
+    try:
+        print(text(Storage(args.run, parse_options(args.storage_option))))
+    except ReloraError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 def load_trained(storage: Storage, step: int | None = None) -> Trained:
