@@ -33,6 +33,7 @@ from relora_ray.conformance.processes import run_ranks
 from relora_ray.methods import build_method
 from relora_ray.model import build_model, num_parameters
 from relora_ray.parallel import World
+from relora_ray.plan import value_at
 from relora_ray.storage import Storage
 from tests import ceph
 from tests.s3 import BUCKET, Server
@@ -152,7 +153,7 @@ def formula(cfg: RunConfig) -> tuple[int, int, int]:
     shape = cfg.model.llama
     assert shape is not None
     h, i, layers, vocab = shape.hidden_size, shape.intermediate_size, shape.num_layers, cfg.model.llama_vocab_size
-    rank = cfg.method.lora_rank  # type: ignore[union-attr]
+    rank = value_at(cfg.method.lora_rank, 0)  # type: ignore[union-attr]
     linears = layers * (4 * h * h + 3 * h * i)
     adapters = layers * rank * (4 * 2 * h + 3 * (h + i))
     others = 2 * vocab * h + (2 * layers + 1) * h

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ import ray
 import ray.train.torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray.ablations import machine, version
 from relora_ray.config_file import parse_config, to_yaml
@@ -70,8 +72,9 @@ def stock_worker(job: dict[str, Any]) -> None:
     run_attempt(cfg, world, on_record=events.tell.remote if world.is_first else None)
 
 
-def run_stock(cfg: Any, on_event: Any, folder: str) -> None:
-    events = Events.remote()  # type: ignore[attr-defined]
+def run_stock(cfg: Any, *, on_event: Any, folder: str) -> None:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Events.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ended = threading.Event()
 
     def watch() -> None:
@@ -105,11 +108,12 @@ def one(opponent: str, fault: str, data: Path) -> tuple[float, int]:
         )  # fmt: skip
         cfg = driver.preflight(tiny_config(data, Path(folder), *overrides))
         seen: list[tuple[float, dict[str, Any]]] = []
-        on_event = lambda event: seen.append((time.time(), event))  # noqa: E731
-        target, args = (driver.run, ()) if opponent == "here" else (run_stock, (folder,))
-        kwargs = {"on_event": on_event} if opponent == "here" else {}
-        positional = (cfg,) if opponent == "here" else (cfg, on_event, *args)
-        threading.Thread(target=target, args=positional, kwargs=kwargs, daemon=True).start()
+
+        def on_event(event: dict[str, Any]) -> None:
+            seen.append((time.time(), event))
+
+        run = driver.run if opponent == "here" else partial(run_stock, folder=folder)
+        threading.Thread(target=partial(run, cfg, on_event=on_event), daemon=True).start()
         wait(lambda: any(e["kind"] == "train" and e["step"] >= 30 for _, e in list(seen)))
         time.sleep(3)  # whatever a new attempt still does
         before = [e["pid"] for _, e in seen if e["kind"] == "worker"]

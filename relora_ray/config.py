@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     field_validator,
@@ -25,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from relora_ray.masking import REFERENCE, SECRET_NAME
+from relora_ray.plan import Plan, all_values, cycle_ends, read_plan, value_at
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
 
 
@@ -80,6 +82,19 @@ def _storage_options(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Options = Annotated[dict[str, Any], AfterValidator(_storage_options)]
+
+
+def _plan(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    try:
+        return read_plan(value)
+    except ValueError as error:
+        raise _rule(str(error)) from error
+
+
+Planned = Annotated[Annotated[int, Field(gt=0)] | dict[int, int], BeforeValidator(_plan), AfterValidator(_plan)]
+"""A number above 0, or a plan of them."""
 
 
 class ModelConfig(Section):
@@ -210,8 +225,9 @@ class FullConfig(Section):
 class LoraConfig(Section):
     kind: Literal["lora"] = "lora"
     """LoRA pre-training: adapters on frozen weights, never merged during training."""
-    lora_rank: int = Field(128, gt=0)
-    """Inner dimension of the adapters."""
+    lora_rank: Planned = 128
+    """Inner dimension of the adapters. With relora it may change at merges: `{0: 256, 20000: 128}` is 256 at first and
+    128 after the merge at step 20000. Adapters of another rank begin without moments, whatever `reset` says."""
     alpha: float = Field(32.0, gt=0)
     """Adapters are scaled by alpha / lora_rank (rsLoRA: alpha / sqrt(lora_rank))."""
     rslora: bool = False
@@ -252,8 +268,9 @@ class LoraConfig(Section):
 class ReloraConfig(LoraConfig):
     kind: Literal["relora"] = "relora"  # type: ignore[assignment]
     """ReLoRA (Lialin et al. 2023): merge and redraw the adapters every `merge_every_steps`."""
-    merge_every_steps: int = Field(gt=0)
-    """Updates in a cycle, counted from the end of the warm start."""
+    merge_every_steps: Planned
+    """Updates in a cycle, counted from the end of the warm start. Cycles may change their length where one begins:
+    `{0: 1000, 5000: 2000}`; the learning rate then restarts at every merge."""
     reset: ResetConfig = ResetConfig()
     compat: Literal["", "reference"] = ""
     """reference: the arithmetic of the published code (Guitaricet/relora at 176f376) where it differs. A and B both
@@ -270,7 +287,9 @@ class ReloraConfig(LoraConfig):
             "reset.adam_step='keep'": self.reset.adam_step == "keep",
             "reset.kind zero, magnitude or random": self.reset.kind != "none",
             "trainable_scaling=false (the published one is dead after a merge)": not self.trainable_scaling,
-            "merge_every_steps of 2 or more": self.merge_every_steps > 1,
+            "merge_every_steps of 2 or more": min(all_values(self.merge_every_steps)) > 1,
+            "merge_every_steps that does not change": not isinstance(self.merge_every_steps, Plan),
+            "lora_rank that does not change": not isinstance(self.lora_rank, Plan),
         }
         for rule, kept in rules.items():
             if not kept:
@@ -417,6 +436,7 @@ class RunConfig(Section):
             *_compat_problems(self),
             *_batch_problems(self),
             *_cycle_problems(self),
+            *_plan_problems(self),
             *_worker_problems(self),
             *_schedule_problems(self),
             *_rank_problems(self),
@@ -431,12 +451,29 @@ class RunConfig(Section):
         return getattr(self.method, "warm_start_steps", 0)
 
     @property
-    def merge_every_steps(self) -> int | None:
+    def merge_every_steps(self) -> int | Plan | None:
         return getattr(self.method, "merge_every_steps", None)
 
     @property
-    def restart_every_steps(self) -> int | None:
+    def merges(self) -> tuple[int, ...]:
+        """Finished updates at the end of each cycle, the last at `steps`; none without cycles."""
+        if self.merge_every_steps is None:
+            return ()
+        return cycle_ends(self.warm_start_steps, self.merge_every_steps, self.steps)
+
+    @property
+    def restart_every_steps(self) -> int | Plan | None:
         return self.schedule.restart_every_steps or self.merge_every_steps
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Finished updates after which the learning rate restarts, in a schedule that does so: the end of the warm
+        start and of every period but the last."""
+        if self.restart_every_steps is None:
+            return ()
+        warm = self.warm_start_steps
+        later = cycle_ends(warm, self.restart_every_steps, self.steps)[:-1]
+        return (warm, *later) if warm else later
 
     @property
     def tokens_per_step(self) -> int:
@@ -525,14 +562,40 @@ def _cycle_problems(cfg: RunConfig) -> list[str]:
             f"method.warm_start_steps={warm} is not less than steps={cfg.steps}: nothing would be left for "
             f"{cfg.method.kind}. Raise steps or shorten the warm start."
         ]
-    if merge and (cfg.steps - warm) % merge:
-        cycles = max(1, round((cfg.steps - warm) / merge))
+    if merge and cfg.merges[-1] != cfg.steps:
+        near = cfg.merges[-2:]
         return [
-            f"method.merge_every_steps={merge} does not divide the {cfg.steps - warm} steps that follow the warm "
-            f"start (steps={cfg.steps} - method.warm_start_steps={warm}). Cycles must be whole: use "
-            f"steps={warm + cycles * merge}, or another cycle length."
+            f"method.merge_every_steps={merge} has cycles end at {' and '.join(map(str, near))} (counted from "
+            f"method.warm_start_steps={warm}), and not at steps={cfg.steps}. Cycles must be whole: use steps="
+            f"{min(near, key=lambda end: abs(end - cfg.steps))}, or another cycle length."
         ]
     return []
+
+
+def _plan_problems(cfg: RunConfig) -> list[str]:
+    method = cfg.method
+    if isinstance(method, FullConfig):
+        return []
+    if not isinstance(method, ReloraConfig):
+        if isinstance(method.lora_rank, Plan):
+            return [
+                f"method.lora_rank={method.lora_rank} changes, and method.kind={method.kind} never merges: adapters "
+                f"can change their rank where they are merged. Give one rank, or use method.kind=relora."
+            ]
+        return []
+    merges = cfg.merges[:-1]
+    return [
+        f"method.{key} changes at step {step}, where no cycle begins. Cycles begin at {_around(step, merges)}."
+        for key in ("lora_rank", "merge_every_steps")
+        if isinstance(planned := getattr(method, key), Plan)
+        for step in planned
+        if step and step not in merges
+    ]
+
+
+def _around(step: int, merges: tuple[int, ...]) -> str:
+    near = [*[s for s in merges if s < step][-1:], *[s for s in merges if s > step][:1]]
+    return " and ".join(map(str, near)) or "0 alone"
 
 
 def _schedule_problems(cfg: RunConfig) -> list[str]:
@@ -550,19 +613,24 @@ def _schedule_problems(cfg: RunConfig) -> list[str]:
         return []
     if every is None:
         return [f"schedule.kind={sched.kind} restarts, but schedule.restart_every_steps is not set. Set it."]
+    if isinstance(merge, Plan) and sched.restart_every_steps:
+        return [
+            f"schedule.restart_every_steps={sched.restart_every_steps} with method.merge_every_steps={merge}: where "
+            f"cycles change their length, the learning rate restarts at every merge. Remove one of the two."
+        ]
     problems = []
-    first = cfg.warm_start_steps or every
+    first, shortest = cfg.warm_start_steps or value_at(every, 0), min(all_values(every))
     if sched.kind == "jagged_cosine" and not sched.restart_warmup_steps:
         problems.append(
             "schedule.restart_warmup_steps=0 with schedule.kind=jagged_cosine: without a climb after each restart it "
             "is the plain cosine. Set it, to a tenth of a cycle or less, or use kind cosine."
         )
-    if sched.restart_every_steps and (cfg.steps - cfg.warm_start_steps) % every:
+    if sched.restart_every_steps and (cfg.steps - cfg.warm_start_steps) % sched.restart_every_steps:
         problems.append(
             f"schedule.restart_every_steps={every} does not divide the {cfg.steps - cfg.warm_start_steps} steps that "
             f"follow the warm start. Cycles must be whole: change it or steps."
         )
-    if merge and every % merge:
+    if isinstance(every, int) and isinstance(merge, int) and every % merge:
         fits = sorted({(every // merge) * merge or merge, -(-every // merge) * merge})
         problems.append(
             f"schedule.restart_every_steps={every} is not a multiple of method.merge_every_steps={merge}. "
@@ -573,9 +641,9 @@ def _schedule_problems(cfg: RunConfig) -> list[str]:
             f"schedule.warmup_steps={sched.warmup_steps} is longer than the {first} steps before the first restart. "
             f"Shorten the warm-up or restart later."
         )
-    if sched.restart_warmup_steps >= every:
+    if sched.restart_warmup_steps >= shortest:
         problems.append(
-            f"schedule.restart_warmup_steps={sched.restart_warmup_steps} is not less than the {every} steps between "
+            f"schedule.restart_warmup_steps={sched.restart_warmup_steps} is not less than the {shortest} steps between "
             f"restarts. Shorten it, or set schedule.restart_every_steps higher."
         )
     return problems
@@ -596,7 +664,7 @@ def _rank_problems(cfg: RunConfig) -> list[str]:
     smaller_side = llama.hidden_size
     if set(names) - {"q_proj", "k_proj", "v_proj", "o_proj"}:
         smaller_side = min(llama.hidden_size, llama.intermediate_size)
-    if method.lora_rank > smaller_side:
+    if max(all_values(method.lora_rank)) > smaller_side:
         problems.append(
             f"method.lora_rank={method.lora_rank} is more than {smaller_side}, the smaller side of the smallest "
             f"wrapped layer. Use a rank of at most {smaller_side}; well below it for any saving."

@@ -409,6 +409,7 @@ def _cross_boundary(
         "digest": value,
         "merges": counters.merges,
         "num_trainable": num_parameters(state.model, trainable_only=True),
+        "new_parameters": report.new_parameters,
         "boundary_s": time.perf_counter() - began,
     }
 

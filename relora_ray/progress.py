@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any, TextIO
 
 from relora_ray.config import RunConfig
@@ -58,10 +59,9 @@ class Progress:
         cfg = self._cfg
         if e["step"] <= cfg.warm_start_steps:
             return "warm start"
-        if cfg.merge_every_steps is None:
+        if not cfg.merges:
             return str(cfg.method.kind)
-        cycles = (cfg.steps - cfg.warm_start_steps) // cfg.merge_every_steps
-        return f"cycle {(e['step'] - cfg.warm_start_steps - 1) // cfg.merge_every_steps + 1}/{cycles}"
+        return f"cycle {bisect_left(cfg.merges, e['step']) + 1}/{len(cfg.merges)}"
 
     def _on_boundary(self, e: dict[str, Any]) -> None:
         if e["boundary_kind"] == "switch":
@@ -70,9 +70,11 @@ class Progress:
                 f"{e['num_trainable'] / 1e6:.2f} M parameters trained from here on"
             )
         else:
+            trained = f", {e['num_trainable'] / 1e6:.2f} M parameters trained from here on"
             self._print(
                 f"-- step {e['step']:,}: merge {e['merges']} of {e['num_layers']} layers, adapters redrawn, "
                 f"{e['state_pruned']:.0%} of their moments pruned, {e['boundary_s'] * 1000:.0f} ms"
+                f"{trained if e['new_parameters'] else ''}"
             )
 
     def _on_eval(self, e: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """The learning rate as a pure function of the global step.
 
-Restarts fall on the end of the warm start (if there is one) and then every `restart_every_steps`; without a
-warm start the first is at `restart_every_steps`. Worked example, jagged_cosine with steps=400,
+Restarts fall on the end of the warm start (if there is one) and then every `restart_every_steps`, by default on every
+merge; without a warm start the first is at `restart_every_steps`. Worked example, jagged_cosine with steps=400,
 warm_start_steps=100, restart_every_steps=100, warmup_steps=10, restart_warmup_steps=10: the rate climbs over
 steps 0-9, follows one cosine to step 400, and at 100, 200 and 300 falls to 0 and climbs back over ten steps.
 """
 
 import math
+from bisect import bisect_right
 from functools import lru_cache
 
 from relora_ray.config import RunConfig
@@ -35,10 +36,10 @@ def _after_warm_start(cfg: RunConfig) -> RunConfig:
 
 def restart_step(step: int, cfg: RunConfig) -> int:
     """The last LR restart at or before `step`; 0, the start of the run, counts as one."""
-    every, warm = cfg.restart_every_steps, cfg.warm_start_steps
-    if cfg.schedule.kind not in ("jagged_cosine", "cosine_cycles") or every is None or step < warm:
+    if cfg.schedule.kind not in ("jagged_cosine", "cosine_cycles"):
         return 0
-    return warm + (step - warm) // every * every
+    passed = bisect_right(cfg.restarts, step)
+    return cfg.restarts[passed - 1] if passed else 0
 
 
 def _shape(step: int, cfg: RunConfig) -> float:
@@ -59,14 +60,12 @@ def _shape(step: int, cfg: RunConfig) -> float:
 
 
 def _cycle(step: int, cfg: RunConfig) -> float:
-    every, warm = cfg.restart_every_steps, cfg.warm_start_steps
-    assert every is not None
     start = restart_step(step, cfg)
-    length = warm if step < warm else every
+    end = next((s for s in cfg.restarts if s > step), cfg.steps)
     warmup = cfg.schedule.warmup_steps if start == 0 else cfg.schedule.restart_warmup_steps
     if step - start < warmup:
         return (step - start) / warmup
-    return _cosine(step - start, warmup, length, cfg.schedule.min_lr_ratio)
+    return _cosine(step - start, warmup, end - start, cfg.schedule.min_lr_ratio)
 
 
 def _progress(step: int, start: int, end: int) -> float:

@@ -17,6 +17,7 @@ from relora_ray.errors import CheckpointError, RanksDisagreeError, StorageError
 from relora_ray.loop import TrainState, run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World
+from relora_ray.plan import Plan
 from relora_ray.runs import claim, run_storage
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
@@ -47,11 +48,24 @@ def renamed(cfg: RunConfig, name: str, **train: Any) -> RunConfig:
     return cfg.model_copy(update={"name": name, "train": cfg.train.model_copy(update=train)})
 
 
+def planned(cfg: RunConfig, name: str) -> RunConfig:
+    """Rank 4, and 6 in the last cycle."""
+    method = cfg.method.model_copy(update={"lora_rank": Plan({0: 4, 9: 6})})
+    return cfg.model_copy(update={"name": name, "method": method})
+
+
 CRASHES = ((5, "train"), (6, "boundary"), (3, "checkpoint"))
 
 
 def scene_names(world_size: int) -> list[str]:
     return [f"{name}-{world_size}" for name in ("whole", "micro", *(f"broken-{step}" for step, _ in CRASHES))]
+
+
+def claim_scenes(cfg: RunConfig, world_size: int) -> None:
+    for name in scene_names(world_size):
+        claim(renamed(cfg, name))
+    for name in ("planned", "planned-broken"):
+        claim(planned(cfg, f"{name}-{world_size}"))
 
 
 def scenes(cfg: RunConfig) -> dict[str, Any]:
@@ -63,6 +77,9 @@ def scenes(cfg: RunConfig) -> dict[str, Any]:
         attempt(broken, crash_at(step, phase))
         played[f"resumed-{step}"] = attempt(broken)
     played["micro-1"] = attempt(renamed(cfg, f"micro-{world.size}", micro_batch_rows=1))
+    played["planned"] = attempt(planned(cfg, f"planned-{world.size}"))
+    attempt(planned(cfg, f"planned-broken-{world.size}"), crash_at(11, "train"))
+    played["planned-resumed"] = attempt(planned(cfg, f"planned-broken-{world.size}"))
     return played
 
 
@@ -152,15 +169,17 @@ def one(cfg: RunConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(cfg: RunConfig) -> list[dict[str, Any]]:
-    for name in ("made-at-2-for-1", "made-at-2-for-3", "unwritable", *scene_names(2)):
+    for name in ("made-at-2-for-1", "made-at-2-for-3", "unwritable"):
         claim(renamed(cfg, name))
+    claim_scenes(cfg, 2)
     return run_ranks(2, scenes_of_two, cfg)
 
 
 @pytest.fixture(scope="module")
 def three(cfg: RunConfig, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for name in ("flip-weight", "flip-moment", *scene_names(3)):
+    for name in ("flip-weight", "flip-moment"):
         claim(renamed(cfg, name))
+    claim_scenes(cfg, 3)
     return run_ranks(3, scenes_of_three, cfg)
 
 
@@ -205,6 +224,14 @@ def test_resume_is_bitwise_at_two_and_three_processes(two: Any, three: Any, step
             assert resumed["resumed_at"] == resumed_at
             assert resumed["losses"] == {s: v for s, v in whole["losses"].items() if s > resumed_at}
             assert resumed["digest"] == whole["digest"]
+
+
+def test_rank_may_change_at_any_world_size(cfg: RunConfig, two: Any, three: Any) -> None:
+    _, records = run(planned(cfg, "planned-1"))
+    for rank in two + three:
+        assert_close(rank["planned"]["losses"], losses(records))
+        assert rank["planned-resumed"]["resumed_at"] == 10
+        assert rank["planned-resumed"]["digest"] == rank["planned"]["digest"]
 
 
 def test_micro_batch_changes_only_rounding(one: Any, two: Any, three: Any) -> None:

@@ -77,3 +77,24 @@ def test_cosine_cycles_go_round_once_per_cycle() -> None:
     assert [s for s in range(70) if values[s] == 1] == [2, 14, 34, 54]
     assert values[30:50] == values[50:70]
     assert values[9] < 0.05
+
+
+def test_cycles_may_change_their_length() -> None:
+    cfg = config("steps=63", "method.warm_start_steps=3", "method.merge_every_steps={0: 10, 23: 20}")
+    assert cfg.merges == (13, 23, 43, 63)
+    assert [s for s in range(63) if restart_step(s, cfg) == s] == [0, 3, 13, 23, 43]
+    assert [s for s in range(63) if lr_multiplier(s, cfg) == 0] == [0, 3, 13, 23, 43]
+    around = config(
+        "steps=63", "method.warm_start_steps=3", "method.merge_every_steps={0: 10, 23: 20}",
+        "schedule.kind=cosine_cycles", "schedule.min_lr_ratio=0",
+    )  # fmt: skip
+    for start, end in ((3, 13), (23, 43)):
+        halfway = start + 1 + (end - start - 1) / 2
+        assert lr_multiplier(int(halfway), around) == pytest.approx(0.5, abs=0.1), (start, end)
+        assert lr_multiplier(end - 1, around) < 0.05
+
+
+def test_equal_cycles_are_the_same_however_they_are_written() -> None:
+    plain, planned = config("steps=33"), config("steps=33", "method.merge_every_steps={0: 3}")
+    assert plain.merges == planned.merges == tuple(range(6, 34, 3))
+    assert [lr_multiplier(s, plain) for s in range(33)] == [lr_multiplier(s, planned) for s in range(33)]

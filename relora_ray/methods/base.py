@@ -33,7 +33,7 @@ class BoundaryReport:
     state_pruned: float
     """Share of the adapters' moments that is zero now."""
     optimizer: torch.optim.Optimizer
-    """The optimizer to go on with: a new one after a switch, else the one passed in."""
+    """The optimizer to go on with: a new one if parameters are new, else the one passed in."""
     new_parameters: bool
     """Whether the set of trainable parameters changed, so that DDP must be built anew."""
 

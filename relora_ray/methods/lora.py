@@ -31,7 +31,7 @@ class Lora(Method):
     def adapt(self, model: nn.Module, step: int) -> None:
         model.requires_grad_(True)
         if step >= self.lora.warm_start_steps:
-            wrap_(model, self.lora)
+            wrap_(model, self.lora, step)
             redraw_all_(model, seed=self.cfg.seed, boundary=self.last_boundary(step))
 
     def frozen_names(self, model: nn.Module) -> set[str]:

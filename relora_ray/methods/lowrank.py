@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from relora_ray.config import LoraConfig
 from relora_ray.errors import ConfigError
 from relora_ray.keyed import key
+from relora_ray.plan import all_values, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +44,25 @@ class LowRankLinear(nn.Module):
 
     residual: torch.Tensor | None
 
-    def __init__(self, linear: nn.Linear | Conv1D, cfg: LoraConfig) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, cfg: LoraConfig, step: int = 0) -> None:
+        """As `cfg` has it after `step` updates."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.transposed = isinstance(linear, Conv1D)
-        in_features, out_features = self.weight.shape if self.transposed else reversed(self.weight.shape)
-        self.scale = cfg.alpha / (math.sqrt(cfg.lora_rank) if cfg.rslora else cfg.lora_rank)
         self.dropout = cfg.dropout
         self.training = linear.training
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(cfg.lora_rank, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, cfg.lora_rank, device=device))
-        self.lora_gain = nn.Parameter(torch.ones((), device=device)) if cfg.trainable_scaling else None
+        self.new_adapters_(cfg, step)
         self.register_buffer("residual", None)
         self._take_weight(linear.weight, cfg)
+
+    def new_adapters_(self, cfg: LoraConfig, step: int) -> None:
+        """Adapters of the rank that holds after `step` updates, as new parameters. They are zero until `redraw_`."""
+        rank, device = value_at(cfg.lora_rank, step), self.weight.device
+        in_features, out_features = self.weight.shape if self.transposed else reversed(self.weight.shape)
+        self.scale = cfg.alpha / (math.sqrt(rank) if cfg.rslora else rank)
+        self.lora_A = nn.Parameter(torch.zeros(rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        self.lora_gain = nn.Parameter(torch.ones((), device=device)) if cfg.trainable_scaling else None
 
     @torch.no_grad()
     def _take_weight(self, weight: torch.Tensor, cfg: LoraConfig) -> None:
@@ -225,8 +231,9 @@ def _full_fp32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def wrap_(model: nn.Module, cfg: LoraConfig) -> list[str]:
-    """Put adapters on the linear layers of `model`'s blocks that `cfg` names; returns their paths.
+def wrap_(model: nn.Module, cfg: LoraConfig, step: int = 0) -> list[str]:
+    """Put adapters on the linear layers of `model`'s blocks that `cfg` names, of the rank that holds after `step`
+    updates; returns their paths.
 
     The rest (embeddings, norms, head, biases) stays trainable. Adapters hold zeros until `redraw_all_`.
     Raises ConfigError for a name that matches nothing and a rank above a layer's smaller side.
@@ -242,8 +249,9 @@ def wrap_(model: nn.Module, cfg: LoraConfig) -> list[str]:
     chosen = {path: m for path, m in linears.items() if wanted is None or path.rpartition(".")[2] in wanted}
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no linear layers inside its blocks: nothing to put adapters on.")
+    largest = max(all_values(cfg.lora_rank))
     for path, linear in chosen.items():
-        if cfg.lora_rank > min(linear.weight.shape):
+        if largest > min(linear.weight.shape):
             raise ConfigError(
                 f"method.lora_rank={cfg.lora_rank} is more than {min(linear.weight.shape)}, the smaller side of {path} "
                 f"{tuple(linear.weight.shape)}. Use a rank of at most {min(linear.weight.shape)}."
@@ -252,7 +260,7 @@ def wrap_(model: nn.Module, cfg: LoraConfig) -> list[str]:
         _warn_of_unwrapped_matrices(model, set(chosen))
     for path, linear in chosen.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, LowRankLinear(linear, cfg))
+        setattr(model.get_submodule(parent), name, LowRankLinear(linear, cfg, step))
     return list(chosen)
 
 
@@ -292,6 +300,11 @@ def merge_all_(model: nn.Module) -> int:
         for layer in layers:
             layer.merge_()
     return len(layers)
+
+
+def new_adapters_all_(model: nn.Module, cfg: LoraConfig, step: int) -> None:
+    for layer in low_rank_layers(model).values():
+        layer.new_adapters_(cfg, step)
 
 
 def redraw_all_(model: nn.Module, *, seed: int, boundary: int) -> None:

@@ -1,7 +1,8 @@
 """ReLoRA (Lialin et al. 2023, "ReLoRA: High-Rank Training Through Low-Rank Updates").
 
 After the warm start, every `merge_every_steps` updates: add scale * B A to W, draw A anew and zero B, prune
-the adapters' Adam state. The learning rate's restart belongs to the schedule.
+the adapters' Adam state. The learning rate's restart belongs to the schedule. As nothing of the adapters outlives a
+merge, their rank and the length of the cycle may change there.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from torch import nn
 from relora_ray.config import ReloraConfig, ResetConfig, RunConfig
 from relora_ray.methods.base import BoundaryReport
 from relora_ray.methods.lora import Lora
-from relora_ray.methods.lowrank import adapter_parameters, merge_all_, redraw_all_
-from relora_ray.optim import prune_state_
+from relora_ray.methods.lowrank import adapter_parameters, merge_all_, new_adapters_all_, redraw_all_
+from relora_ray.optim import prune_state_, take_over_state_
+from relora_ray.plan import value_at
 
 
 class Relora(Lora):
@@ -29,6 +31,7 @@ class Relora(Lora):
         self.relora: ReloraConfig = cfg.method
         self.as_published = cfg.method.compat == "reference"
         self.keeps_moments = not self.as_published
+        self._merges = frozenset(cfg.merges)
 
     def adapt(self, model: nn.Module, step: int) -> None:
         super().adapt(model, step)
@@ -40,15 +43,20 @@ class Relora(Lora):
     def is_boundary(self, step: int) -> bool:
         if super().is_boundary(step):
             return True
-        late = 1 if self.as_published else 0
-        trained = step - self.relora.warm_start_steps - late
-        return trained > 0 and trained % self.relora.merge_every_steps == 0
+        return step - int(self.as_published) in self._merges
 
     def on_boundary(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> BoundaryReport:
         if super().is_boundary(step):
             return super().on_boundary(model, optimizer, step)
         num_layers = merge_all_(model)
+        new_rank = value_at(self.relora.lora_rank, step) != value_at(self.relora.lora_rank, step - 1)
+        if new_rank:
+            new_adapters_all_(model, self.relora, step)
         redraw_all_(model, seed=self.cfg.seed, boundary=step)
+        if new_rank:
+            resized = self.build_optimizer(model)
+            take_over_state_(resized, optimizer)
+            return BoundaryReport(step, "merge", num_layers, 1.0, resized, new_parameters=True)
         pruned = prune_state_(
             optimizer,
             adapter_parameters(model),
@@ -61,7 +69,6 @@ class Relora(Lora):
 
     def _reset(self, step: int) -> ResetConfig:
         """Every merge resets; in the published code only one after which the learning rate restarts."""
-        every = self.cfg.restart_every_steps
-        if self.as_published and every and (step - 1 - self.relora.warm_start_steps) % every:
+        if self.as_published and step - 1 not in self.cfg.restarts:
             return ResetConfig(kind="none")
         return self.relora.reset

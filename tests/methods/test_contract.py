@@ -37,6 +37,10 @@ CASES = {
         {**RELORA, "compat": "reference", "reset": {"kind": "zero", "adam_step": "keep"}, "warm_start_steps": 3},
         JAGGED,
     ),
+    "relora-plans": (
+        {**RELORA, "lora_rank": {0: 4, 4: 6, 8: 2}, "merge_every_steps": {0: 2, 4: 4}, "trainable_scaling": True},
+        JAGGED,
+    ),
     "relora-gain-dropout": ({**RELORA, "trainable_scaling": True, "dropout": 0.1, "warm_start_steps": 3}, JAGGED),
 }
 
@@ -71,8 +75,8 @@ def test_interrupted_equals_uninterrupted_bitwise_at_every_step(cfg: RunConfig, 
     expected, final = losses(records), state_digest(whole)
     boundaries = {r["step"]: r["digest"] for r in records if r["kind"] == "boundary"}
     phases = ["train", "checkpoint"] if cfg.method.kind == "full" else ["train", "boundary", "checkpoint"]
-    # Every step for the three that differ in structure; around boundaries for those that differ in numbers.
-    thorough = request.node.callspec.params["cfg"] in ("full", "lora-warm", "relora-warm")
+    # Every step for the four that differ in structure; around boundaries for those that differ in numbers.
+    thorough = request.node.callspec.params["cfg"] in ("full", "lora-warm", "relora-warm", "relora-plans")
     for step in range(1, 13) if thorough else (3, 5, 6, 7, 12):
         for phase in phases:
             if not any(r["kind"] == phase and r["step"] == step for r in records):
@@ -138,11 +142,42 @@ def test_boundaries_are_a_function_of_the_step(cfg: RunConfig) -> None:
     expected = {warm} - {0}
     if cfg.method.kind == "relora":
         late = int(cfg.method.compat == "reference")
-        expected |= set(range(warm + 3 + late, 13, 3))
+        varied = isinstance(cfg.method.merge_every_steps, dict)
+        expected |= {2, 4, 8, 12} if varied else set(range(warm + 3 + late, 13, 3))
     assert {s for s in range(13) if method.is_boundary(s)} == expected
     assert [method.last_boundary(s) for s in range(13)] == [
         max((b for b in expected if b <= s), default=0) for s in range(13)
     ]
+
+
+def test_adapters_of_another_rank_begin_anew_and_all_else_goes_on(data: Path, tmp_path: Path) -> None:
+    method, schedule = CASES["relora-plans"]
+    cfg = tiny_config(data, tmp_path, "method.rslora=true", method=method, schedule=schedule)
+    relora = build_method(cfg)
+    model = new_model(cfg)
+    relora.adapt(model, 3)
+    optimizer = relora.build_optimizer(model)
+    for state in optimizer.state.values():
+        state["exp_avg"].fill_(1.0)
+    report = relora.on_boundary(model, optimizer, 4)
+    assert report.new_parameters
+    assert {id(p) for group in report.optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        moment = report.optimizer.state[parameter]["exp_avg"]
+        assert bool((moment == (0.0 if "lora_" in name else 1.0)).all()), name
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert layer.lora_A.shape == (6, 32)
+    assert layer.lora_B.shape == (48, 6)
+    assert layer.scale == pytest.approx(8 / 6**0.5)
+    fresh = new_model(cfg)
+    relora.adapt(fresh, 4)
+    assert torch.equal(fresh.get_submodule("model.layers.1.mlp.up_proj").lora_A, layer.lora_A), "a function of the step"
+    unchanged = relora.on_boundary(model, report.optimizer, 12)
+    assert not unchanged.new_parameters
 
 
 def test_finished_run_is_left_alone(cfg: RunConfig) -> None:
