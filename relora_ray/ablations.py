@@ -140,6 +140,7 @@ class Results:
 # What a result does not depend on; all else, how it is evaluated and rounded included, makes another run.
 _ELSEWHERE = (
     "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.", "train.log_every_steps",
+    "train.divergence_", "train.max_rollbacks",  # see run_one
 )  # fmt: skip
 
 
@@ -158,7 +159,8 @@ def run_one(cfg: RunConfig) -> Record:
     from relora_ray.runs import claim, run_storage
 
     diverged = ""
-    cfg = claim(cfg)
+    # A row that diverges is a result: nothing may save it.
+    cfg = claim(cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_rollbacks": 0})}))
     try:
         run_attempt(cfg, World())
     except NonFiniteError as error:

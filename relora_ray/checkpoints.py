@@ -25,6 +25,7 @@ from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.errors import ConfigError, DamagedError, ReloraError
 from relora_ray.metrics import size_text
+from relora_ray.rollback import FOLDER as ROLLBACKS
 from relora_ray.runs import CONFIG, DATA, read_config
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
@@ -126,7 +127,7 @@ def copy(run: Storage, out: Storage, step: int | None) -> Manifest:
     if out.list():
         raise ConfigError(f"{out.url} is not empty. Give a new folder, or delete it first.")
     manifest = read_manifest(run, _existing(run, step))
-    for path in [DATA, *run.list("tokenizer")]:
+    for path in [DATA, *run.list("tokenizer"), *run.list(ROLLBACKS)]:
         out.put(path, run.get(path))
     for part in manifest.parts:
         in_flight(partial(_copy_object, run, out, part), part.objects)

@@ -58,7 +58,7 @@ def _location(value: str) -> str:
 Location = Annotated[str, AfterValidator(_location)]
 
 
-class _Options(dict[str, Any]):
+class _Mapping(dict[str, Any]):
     """A config is frozen, and so may be a key."""
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -78,7 +78,7 @@ def _storage_options(value: dict[str, Any]) -> dict[str, Any]:
                     f"variable that holds it, such as {dotted}: $STORAGE_{name}."
                 },
             )
-    return _Options(value)
+    return _Mapping(value)
 
 
 Options = Annotated[dict[str, Any], AfterValidator(_storage_options)]
@@ -334,6 +334,9 @@ class TrainConfig(Section):
     micro_batch_rows: int = Field(gt=0)
     """Rows one worker puts through the model at once. Changes speed and memory; the result only by rounding, and
     by other dropout masks if there is dropout."""
+    micro_batch_rows_by_device: Annotated[dict[str, Annotated[int, Field(gt=0)]], AfterValidator(_Mapping)] = {}
+    """Instead, on GPUs whose name has this in it: `{H100: 32, L4: 8}`. Every worker makes its share of the global batch
+    in steps of its own size; the first entry that fits counts."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
     compile: bool = False
@@ -342,8 +345,15 @@ class TrainConfig(Section):
     """Updates, from 0, that are not made: their rows are passed over and nothing else moves. Fixed for a run, as it
     decides the result."""
     max_nonfinite_steps: int = Field(10, ge=0)
-    """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row end
-    the run. Schedule, boundaries and data do not shift."""
+    """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row and the run has
+    diverged. Schedule, boundaries and data do not shift."""
+    divergence_nats: float = Field(2.0, gt=0)
+    """A loss this far above the average of the last hundred or so is a sign of divergence, ..."""
+    divergence_steps: int = Field(20, gt=0)
+    """... and so many signs in a row are divergence."""
+    max_rollbacks: int = Field(3, ge=0)
+    """A run that has diverged goes back to the last boundary before it, and does not make the updates around the
+    first sign (rollback.py): at most so often. Then it ends. 0: only losses that are not finite end it, at once."""
     log_every_steps: int = Field(10, gt=0)
     eval_every_steps: int = Field(0, ge=0)
     """Evaluate after every so many updates, besides the start, the end of the warm start and the end of the
@@ -358,7 +368,7 @@ class CheckpointConfig(Section):
     save_every_steps: int = Field(gt=0)
     """Save after every so many updates, besides the start, every boundary and the end."""
     keep_last: int = Field(3, gt=0)
-    """Checkpoints to keep, newest first. A base that a kept delta needs is kept too."""
+    """Checkpoints to keep, newest first. That of the last boundary is kept too, and a base that a kept delta needs."""
     keep_every_steps: int = Field(0, ge=0)
     """Also keep every checkpoint at a multiple of this; 0: none."""
     save_async: bool = True
@@ -497,7 +507,7 @@ _OPERATIONAL = (
     "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
-    "train.compile",
+    "train.compile", "train.divergence_", "train.max_rollbacks",
 )  # fmt: skip
 
 
@@ -545,14 +555,15 @@ def _compat_problems(cfg: RunConfig) -> list[str]:
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:
-    rows, micro = cfg.global_batch_rows, cfg.train.micro_batch_rows
-    if rows % micro:
-        near = math.gcd(rows, micro)
-        return [
-            f"global_batch_rows={rows} is not a multiple of train.micro_batch_rows={micro}. A global batch is made of "
-            f"whole micro-batches: use train.micro_batch_rows={near} or global_batch_rows={-(-rows // micro) * micro}."
-        ]
-    return []
+    rows, train = cfg.global_batch_rows, cfg.train
+    sizes = {"micro_batch_rows": train.micro_batch_rows}
+    sizes |= {f"micro_batch_rows_by_device.{name}": micro for name, micro in train.micro_batch_rows_by_device.items()}
+    return [
+        f"global_batch_rows={rows} is not a multiple of train.{key}={micro}. A global batch is made of whole "
+        f"micro-batches: use train.{key}={math.gcd(rows, micro)} or global_batch_rows={-(-rows // micro) * micro}."
+        for key, micro in sizes.items()
+        if rows % micro
+    ]
 
 
 def _cycle_problems(cfg: RunConfig) -> list[str]:

@@ -44,8 +44,18 @@ class DamagedError(CheckpointError):
     """A checkpoint whose bytes are gone or not those that were stored: the one reason to fall back to an older."""
 
 
-class NonFiniteError(ReloraError):
+class DivergedError(ReloraError):
+    """The loss exploded, and the run may not go back (again)."""
+
+
+class NonFiniteError(DivergedError):
     """Too many steps in a row with a loss or gradient that is not finite."""
+
+
+class RolledBackError(ReloraError):
+    """The run diverged, and its next attempt goes on from an earlier checkpoint: see rollback.py."""
+
+    restart_helps = True
 
 
 class RanksDisagreeError(ReloraError):

@@ -25,13 +25,14 @@ from relora_ray.checkpoint.manifest import Counters
 from relora_ray.config import RunConfig, flatten
 from relora_ray.data.loader import BatchSource, MicroBatch
 from relora_ray.data.tokens import Split, TokenRows
-from relora_ray.errors import CheckpointError, DamagedError, NonFiniteError
+from relora_ray.errors import CheckpointError, DamagedError, DivergedError, NonFiniteError, ReloraError, RolledBackError
 from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
 from relora_ray.metrics import MetricsLog, Record, StepTimer
 from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
+from relora_ray.rollback import Rollback, diverged, observe, read_rollbacks, roll_back, skipped
 from relora_ray.runs import check_visible, data_storage, export_model, new_model, open_data, run_storage
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
@@ -85,9 +86,9 @@ def run_attempt(
 ) -> TrainState:
     """Bring the run from its newest checkpoint to its end; returns the final state.
 
-    `on_record` sees every metrics record on every rank. `committer`: who gathers the ranks' shares of a checkpoint and
-    commits it; default: rank 0. `cause`: why this attempt begins, for the record. Safe to call again on a finished run:
-    it then only writes the export that may be missing.
+    RolledBackError if it diverged: call this again. `on_record` sees every metrics record on every rank. `committer`:
+    who gathers the ranks' shares of a checkpoint and commits it; default: rank 0. `cause`: why this attempt begins, for
+    the record. Safe to call again on a finished run: it then only writes the export that may be missing.
     """
     storage = run_storage(cfg)
     check_visible(cfg)
@@ -113,9 +114,11 @@ def run_attempt(
 
     closed = False
     try:
-        state, saved = resume(cfg, method, checkpointer, world)
+        rollbacks = world.on_first(lambda: read_rollbacks(storage))
+        state, saved = resume(cfg, method, checkpointer, world, rollbacks)
         emit(_attempt_record(cfg, state, checkpointer, world) | {"cause": cause})
-        train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, already_saved=saved)
+        skip = skipped(rollbacks).union(cfg.train.skip_steps)
+        train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, skip=skip, already_saved=saved)
         closed = True
         _emit_saved(emit, checkpointer.close())
         if world.is_first:
@@ -146,9 +149,10 @@ def train(
     log: MetricsLog | None,
     supervisor: Supervisor | None = None,
     *,
+    skip: frozenset[int],
     already_saved: bool,
 ) -> None:
-    """Updates `state.position.step` .. `cfg.steps - 1`, in place. Every rank."""
+    """Updates `state.position.step` .. `cfg.steps - 1`, less those in `skip`, in place. Every rank."""
 
     def record_eval() -> None:
         emit(evaluate(cfg, world, state, data.validation))
@@ -187,7 +191,7 @@ def train(
             group["lr"] = learning_rate
 
         wanted = False
-        if step in cfg.train.skip_steps:
+        if step in skip:
             loss, grad_norm = math.nan, math.nan
             counters = _count_skipped(state.position.counters)
         else:
@@ -201,12 +205,13 @@ def train(
                 state.optimizer.step()
             # In place under DDP: a dropped gradient would be accumulated outside DDP's buckets, a second copy of all.
             state.optimizer.zero_grad(set_to_none=world.size == 1)
-            counters = _count(cfg, state.position.counters, finite, done)
+            counters = _count(cfg, state.position.counters, loss if finite else math.nan, done)
         state.position = replace(state.position, step=done, counters=counters)
         timer.add(time.perf_counter() - began)
 
         emit(_train_record(cfg, state, loss, grad_norm, learning_rate, timer))
         _emit_saved(emit, checkpointer.poll())
+        _end_if_diverged(cfg, world, method, checkpointer, counters, done)
 
         if method.is_boundary(done):
             report, record = _cross_boundary(world, method, state, done, supervisor)
@@ -244,16 +249,21 @@ def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchS
     }
 
 
-def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World) -> tuple[TrainState, bool]:
+def resume(
+    cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World, rollbacks: list[Rollback]
+) -> tuple[TrainState, bool]:
     """The state of the newest checkpoint that is whole, or a new one; and whether it is saved already.
 
-    A newer checkpoint that is damaged is set aside with its reason, once an older one has been restored;
-    CheckpointError if none is whole.
+    A newer checkpoint that is damaged, or from which the run went back, is set aside with its reason, once an older one
+    has been restored; CheckpointError if there is none.
     """
-    rejected: list[tuple[int, DamagedError]] = []
+    rejected: list[tuple[int, ReloraError]] = []
     for step, manifest in checkpointer.newest():
         if isinstance(manifest, DamagedError):
             rejected.append((step, manifest))
+            continue
+        if back := [r for r in rollbacks if r.abandons(manifest)]:
+            rejected.append((step, DivergedError(f"{back[0].why}: {back[0]}.")))
             continue
         state = _build(cfg, method, world, step)
         try:
@@ -264,8 +274,10 @@ def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: Wo
             rejected.append((step, error))
             del state
             continue
-        for damaged, reason in rejected:
-            checkpointer.set_aside(damaged, reason)
+        for newer, reason in rejected:
+            checkpointer.set_aside(newer, str(reason))
+        counters = state.position.counters.model_copy(update={"rollbacks": len(rollbacks)})
+        state.position = replace(state.position, counters=counters)
         return state, True
     if rejected:
         raise CheckpointError(
@@ -279,7 +291,8 @@ def resume(cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: Wo
 
 def open_batches(cfg: RunConfig, world: World) -> Data:
     storage, index = data_storage(cfg), open_data(cfg)
-    micro = cfg.train.micro_batch_rows
+    by_device = cfg.train.micro_batch_rows_by_device.items()
+    micro = next((rows for name, rows in by_device if name in world.device_name), cfg.train.micro_batch_rows)
 
     def source(split: Split, micro_batch_rows: int) -> BatchSource:
         rows = TokenRows(storage, index, split, cfg.data.seq_len)
@@ -360,19 +373,41 @@ def _clip(model: nn.Module, grad_clip: float) -> float:
     return float(torch.nn.utils.clip_grad_norm_(trainable(model), limit))
 
 
-def _count(cfg: RunConfig, counters: Counters, finite: bool, done: int) -> Counters:
-    if finite:
+def _count(cfg: RunConfig, counters: Counters, loss: float, done: int) -> Counters:
+    """After an update with this loss; nan if it or the gradient was not finite, and the update not made."""
+    counters = observe(cfg.train, counters, loss)
+    if math.isfinite(loss):
         return counters.model_copy(update={"skipped_in_a_row": 0})
     in_a_row = counters.skipped_in_a_row + 1
     logger.warning("step %d skipped: loss or gradient is not finite (%d in a row)", done - 1, in_a_row)
-    if in_a_row > cfg.train.max_nonfinite_steps:
-        raise NonFiniteError(
-            f"{in_a_row} steps in a row, up to step {done - 1}, had a loss or gradient that is not finite; "
-            f"train.max_nonfinite_steps={cfg.train.max_nonfinite_steps} allows no more. Raise that to go on from the "
-            f"last checkpoint, or start under another name from a step before (model.init_from=RUN@STEP) with a lower "
-            f"optimizer.learning_rate or a longer warm-up."
-        )
     return _count_skipped(counters).model_copy(update={"skipped_in_a_row": in_a_row})
+
+
+def _end_if_diverged(
+    cfg: RunConfig, world: World, method: Method, checkpointer: Checkpointer, counters: Counters, done: int
+) -> None:
+    """Raise on every rank if the run has diverged: RolledBackError if it goes back, else DivergedError."""
+    in_a_row, allowed, back = counters.skipped_in_a_row, cfg.train.max_nonfinite_steps, cfg.train.max_rollbacks
+    why = diverged(cfg.train, counters, done)
+    if in_a_row > allowed:
+        why = f"{in_a_row} steps in a row, up to step {done - 1}, had a loss or gradient that is not finite"
+    if not why:
+        return
+    if back:
+        checkpointer.settle()  # or its commit may prune the checkpoint that is chosen now
+        storage = run_storage(cfg)
+        if rollback := world.on_first(lambda: roll_back(cfg, storage, method, counters, done, why)):
+            raise RolledBackError(f"{why}: {rollback}")
+    elif in_a_row <= allowed:
+        return
+    rules = [f"train.max_nonfinite_steps={allowed}"] * (in_a_row > allowed) + [f"train.max_rollbacks={back}"] * bool(
+        back
+    )
+    raise (NonFiniteError if in_a_row > allowed else DivergedError)(
+        f"{why}; {' with '.join(rules)} allows no more. Raise that to go on from the last checkpoint, or start under "
+        f"another name from a step before (model.init_from=RUN@STEP) with a lower optimizer.learning_rate or a longer "
+        f"warm-up."
+    )
 
 
 def _count_skipped(counters: Counters) -> Counters:

@@ -9,16 +9,18 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_ray.errors import RanksDisagreeError
+from relora_ray.errors import RanksDisagreeError, ReloraError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """Such as "NVIDIA H100 80GB HBM3"; "cpu" without a GPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def wrap(self, model: nn.Module, warm_up: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
         """`model` under DDP (every rank, at the same step); itself in a world of one.
@@ -79,6 +86,23 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """The result of `action` on rank 0, on every rank; its error is raised on every rank too."""
+        result: Any = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = action()
+            except ReloraError as caught:
+                error = caught
+            except Exception as caught:  # may not survive the journey: its text does
+                logger.exception("rank 0 failed")
+                error = RuntimeError(f"rank 0: {type(caught).__name__}: {caught}")
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def assert_same(self, digest: int, what: str) -> None:
         """Raise RanksDisagreeError on every rank, naming the odd ones, unless all digests are equal."""

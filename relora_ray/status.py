@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from relora_ray import metrics
 from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.errors import ReloraError
+from relora_ray.rollback import read_rollbacks
 from relora_ray.runs import print_about, read_config
 from relora_ray.runtime.lease import PATH
 from relora_ray.storage import Storage
@@ -40,6 +41,8 @@ def status(storage: Storage, now: float) -> Iterator[str]:
         pages = [page for page in restarts if page["change"] == change]
         down_s, lost = sum(page["down_s"] for page in pages), sum(page["steps_lost"] for page in pages)
         yield f"  {name:9} {len(pages)}: {down_s:.1f} s without training, {lost} steps done again"
+    for rollback in read_rollbacks(storage):
+        yield f"  diverged  {rollback}"
     for page in [page for page in restarts if page["change"] != "start"][-5:]:
         cause = page["cause"].splitlines()[0][:80]
         yield f"    {page['attempt']}  {page['down_s']:6.1f} s, {page['steps_lost']} steps  {cause}"

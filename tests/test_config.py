@@ -120,6 +120,15 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
             ["train.micro_batch_rows=4"],
             ["global_batch_rows=6", "train.micro_batch_rows=4", "micro_batch_rows=2 or global_batch_rows=8"],
         ),
+        (
+            ["train.micro_batch_rows_by_device={H100: 4}"],
+            [
+                "global_batch_rows=6",
+                "train.micro_batch_rows_by_device.H100=4",
+                "use train.micro_batch_rows_by_device.H100=2",
+            ],
+        ),
+        (["train.micro_batch_rows_by_device={H100: 0}"], ["micro_batch_rows_by_device.H100", "greater than 0"]),
         (["schedule.restart_every_steps=4"], ["schedule.restart_every_steps=4", "not a multiple", "use 3 or 6"]),
         (["schedule.restart_warmup_steps=3"], ["schedule.restart_warmup_steps=3 is not less than the 3 steps"]),
         (["schedule.warmup_steps=4"], ["schedule.warmup_steps=4 is longer than the 3 steps"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def renamed(cfg: RunConfig, name: str, **train: Any) -> RunConfig:
     return cfg.model_copy(update={"name": name, "train": cfg.train.model_copy(update=train)})
 
 
+def by_device(cfg: RunConfig, name: str) -> RunConfig:
+    """Rank 1 has a device of its own kind, which takes less at a time."""
+    return renamed(cfg, name, micro_batch_rows_by_device={"small": 1})
+
+
+def device_name(world: World) -> str:
+    return "a small one" if world.rank == 1 else "cpu"
+
+
 def planned(cfg: RunConfig, name: str) -> RunConfig:
     """Rank 4, and 6 in the last cycle."""
     method = cfg.method.model_copy(update={"lora_rank": Plan({0: 4, 9: 6})})
@@ -64,6 +74,7 @@ def scene_names(world_size: int) -> list[str]:
 def claim_scenes(cfg: RunConfig, world_size: int) -> None:
     for name in scene_names(world_size):
         claim(renamed(cfg, name))
+    claim(by_device(cfg, f"mixed-{world_size}"))
     for name in ("planned", "planned-broken"):
         claim(planned(cfg, f"{name}-{world_size}"))
 
@@ -77,6 +88,8 @@ def scenes(cfg: RunConfig) -> dict[str, Any]:
         attempt(broken, crash_at(step, phase))
         played[f"resumed-{step}"] = attempt(broken)
     played["micro-1"] = attempt(renamed(cfg, f"micro-{world.size}", micro_batch_rows=1))
+    with patch.object(World, "device_name", property(device_name)):
+        played["mixed"] = attempt(by_device(cfg, f"mixed-{world.size}"))
     played["planned"] = attempt(planned(cfg, f"planned-{world.size}"))
     attempt(planned(cfg, f"planned-broken-{world.size}"), crash_at(11, "train"))
     played["planned-resumed"] = attempt(planned(cfg, f"planned-broken-{world.size}"))
@@ -224,6 +237,13 @@ def test_resume_is_bitwise_at_two_and_three_processes(two: Any, three: Any, step
             assert resumed["resumed_at"] == resumed_at
             assert resumed["losses"] == {s: v for s, v in whole["losses"].items() if s > resumed_at}
             assert resumed["digest"] == whole["digest"]
+
+
+def test_kinds_of_devices_may_take_micro_batches_of_their_own_size(one: Any, two: Any, three: Any) -> None:
+    for rank in two + three:
+        assert_close(rank["mixed"]["losses"], one["losses"])
+        assert_close(rank["mixed"]["evals"], one["evals"])
+    assert len({rank["mixed"]["digest"] for rank in two}) == 1
 
 
 def test_rank_may_change_at_any_world_size(cfg: RunConfig, two: Any, three: Any) -> None:

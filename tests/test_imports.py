@@ -19,7 +19,7 @@ RANKS = {
     "config": 1, "storage": 1, "data.order": 1,
     "schedule": 2, "config_file": 2, "plots": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2, "metrics": 2,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
-    "runs": 4, "loop": 5,
+    "runs": 4, "rollback": 4, "loop": 5,
     "runtime": 6,
     "ablations": 7, "spectrum": 7, "conformance": 7,
     "progress": 7, "launch": 7, "report": 7, "status": 7, "export": 7, "checkpoints": 7,

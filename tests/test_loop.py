@@ -98,7 +98,7 @@ def test_resume_after_skipped_steps_is_bitwise(cfg: RunConfig) -> None:
 
 @poisoned({1, 2, 4, 6, 7, 8})
 def test_too_many_skipped_steps_in_a_row_end_the_run(data: Path, tmp_path: Path) -> None:
-    cfg = tiny_config(data, tmp_path, "train.max_nonfinite_steps=2")
+    cfg = tiny_config(data, tmp_path, "train.max_nonfinite_steps=2", "train.max_rollbacks=0")
     with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 8, .*train.max_nonfinite_steps=2 allows"):
         run(cfg)
     assert list_manifests(run_storage(cfg))[-1] == 8
@@ -106,7 +106,12 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: Path, tmp_path: Path)
 
 def test_real_divergence_ends_with_a_named_error(data: Path, tmp_path: Path) -> None:
     cfg = tiny_config(
-        data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=3"
+        data,
+        tmp_path,
+        "optimizer.learning_rate=1e30",
+        "optimizer.grad_clip=0",
+        "train.max_nonfinite_steps=3",
+        "train.max_rollbacks=0",
     )
     with pytest.raises(NonFiniteError, match=r"with a lower optimizer\.learning_rate"):
         run(cfg)

@@ -13,11 +13,11 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -45,7 +45,6 @@ from relora_ray.storage import Storage
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-T = TypeVar("T")
 
 LAST_WORDS_S = 60.0
 """How long an attempt that failed waits for the save under way."""
@@ -109,7 +108,7 @@ class Checkpointer:
         self._identity, self._data_fingerprint, self._tokens_per_step = identity, data_fingerprint, tokens_per_step
         commits = Commits(storage, cfg)
         self._committer = committer or GroupCommitter(world, commits, timeout_s=timeout_s)
-        self.attempt = self._on_first(lambda: _new_attempt(storage))
+        self.attempt = world.on_first(lambda: _new_attempt(storage))
         # Ranks hear of a commit at different steps, so these change only in `save` and `close`, where all have heard.
         self._newest: Manifest | None = None
         """The newest checkpoint that all ranks know to be stored."""
@@ -133,7 +132,7 @@ class Checkpointer:
                     found.append((step, error))
             return found
 
-        return self._on_first(read_all)
+        return self._world.on_first(read_all)
 
     def restore(
         self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]
@@ -151,7 +150,7 @@ class Checkpointer:
         for part, tensors in ((manifest.base, base), (manifest.delta, delta)):
             if part is None:
                 continue
-            index = self._on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
+            index = self._world.on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
             _load_part(self._storage, part, index, tensors, no_dist=self._world.size == 1)
             part_digest = digest(list(tensors.values()))
             self._world.assert_same(part_digest, f"after loading {part.folder}")
@@ -239,16 +238,16 @@ class Checkpointer:
         self._thread.shutdown(wait=False)
         return []
 
-    def set_aside(self, step: int, reason: DamagedError) -> None:
-        """Take the manifest of a damaged checkpoint out of the way of the one that will replace it (every rank)."""
+    def set_aside(self, step: int, reason: str) -> None:
+        """Take a manifest out of the way of the one that will replace it (every rank)."""
 
         def move() -> None:
             path = manifest_path(step)
             logger.warning("the checkpoint at step %d is set aside: %s", step, reason)
-            self._storage.put(f"damaged/{self.attempt}/{path}", self._storage.get(path))
+            self._storage.put(f"set-aside/{self.attempt}/{path}", self._storage.get(path))
             self._storage.delete(path)
 
-        self._on_first(move)
+        self._world.on_first(move)
 
     def _draft(
         self, position: Position, base: Tensors, delta: Tensors, num_writers: int
@@ -355,23 +354,6 @@ class Checkpointer:
     def _with_advice(self, error: str) -> str:
         there = f"step {self._newest.step}" if self._newest is not None else "its start"
         return f"{error.rstrip('.')}. The run could resume from {there}."
-
-    def _on_first(self, action: Callable[[], T]) -> T:
-        """The result of `action` on rank 0, on every rank; its error is raised on every rank too."""
-        result: Any = None
-        error: Exception | None = None
-        if self._world.is_first:
-            try:
-                result = action()
-            except ReloraError as caught:
-                error = caught
-            except Exception as caught:  # may not survive the journey: its text does
-                logger.exception("rank 0 failed")
-                error = RuntimeError(f"rank 0: {type(caught).__name__}: {caught}")
-        result, error = self._world.broadcast((result, error))
-        if error is not None:
-            raise error
-        return cast(T, result)
 
 
 class HostCopies:

@@ -53,6 +53,13 @@ class Counters(_Record):
     """Steps skipped for a loss or gradient that is not finite."""
     skipped_in_a_row: int = 0
     merges: int = 0
+    loss_average: float = 0.0
+    """Of the updates that are no sign of divergence: see rollback.py."""
+    losses_averaged: int = 0
+    signs_of_divergence: int = 0
+    """In a row."""
+    rollbacks: int = 0
+    """Of the run, up to this attempt."""
 
 
 class Manifest(_Record):
@@ -142,12 +149,16 @@ def plan_prune(
 ) -> tuple[list[Manifest], list[str]]:
     """Which manifests and part folders may be deleted: a pure function.
 
-    Kept are the newest `keep_last` manifests, those at multiples of `keep_every_steps`, and every folder that a
-    kept manifest names. Folders that no manifest names go only if they are of an attempt before `attempt`, left
-    behind by a crash: those of this one or a later one may be under way.
+    Kept are the newest `keep_last` manifests, those at multiples of `keep_every_steps`, and every folder that a kept
+    manifest names. Where a run that diverges would go back to is kept too: the newest manifest without a sign of that,
+    and that of the boundary before it. Folders that no manifest names go only if they are of an attempt before
+    `attempt`, left behind by a crash: those of this one or a later one may be under way.
     """
     ordered = sorted(manifests, key=lambda m: m.step)
     newest = {m.step for m in ordered[-keep_last:]}
+    sound = next((m for m in reversed(ordered) if not m.counters.signs_of_divergence), None)
+    if sound is not None:
+        newest |= {sound.step, sound.boundary or sound.step}
     kept = [m for m in ordered if m.step in newest or (keep_every_steps and m.step % keep_every_steps == 0)]
     dropped = [m for m in ordered if m not in kept]
     needed = {part.folder for m in kept for part in m.parts}

@@ -67,7 +67,7 @@ def test_damaged_checkpoint_is_passed_over_and_named(
     assert state_digest(state) == state_digest(whole)
     assert losses(after) == {s: v for s, v in losses(records).items() if s > 8}
     storage = run_storage(interrupted)
-    assert len([p for p in storage.list("damaged") if p.endswith("step-00000009.json")]) == 1
+    assert len([p for p in storage.list("set-aside") if p.endswith("step-00000009.json")]) == 1
     assert read_manifest(storage, 9).attempt.startswith("0002")
 
 

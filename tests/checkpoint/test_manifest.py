@@ -61,6 +61,22 @@ def test_multiples_are_kept_for_good() -> None:
     assert [m.step for m in dropped] == [10, 30]
 
 
+def test_place_to_go_back_to_is_kept_while_a_run_may_be_diverging() -> None:
+    """Saves on the way to the end must not drive out what was before it."""
+    sign = Counters(signs_of_divergence=1)
+    ms = [manifest(20, 20), manifest(24, 20), manifest(28, 20)]
+    ms += [manifest(s, b).model_copy(update={"counters": sign}) for s, b in ((29, 20), (30, 30), (31, 30), (32, 30))]
+    dropped, unneeded = plan_prune(ms, folders(*ms), keep_last=1, keep_every_steps=0, attempt="0001-aaaaaaaa")
+    assert [m.step for m in dropped] == [24, 29, 30, 31]
+    assert "base/step-00000020-0001-aaaaaaaa" not in unneeded
+
+
+def test_last_boundary_is_kept() -> None:
+    ms = [manifest(10, 10), manifest(20, 20), manifest(24, 20), manifest(28, 20)]
+    dropped, _ = plan_prune(ms, folders(*ms), keep_last=1, keep_every_steps=0, attempt="0001-aaaaaaaa")
+    assert [m.step for m in dropped] == [10, 24]
+
+
 def test_leftovers_of_earlier_attempts_go_and_those_of_this_one_stay() -> None:
     kept = manifest(10, attempt="0002-bbbbbbbb")
     left = {

@@ -16,6 +16,7 @@ from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
 from relora_ray.errors import RunFailedError
 from relora_ray.metrics import read, read_all
+from relora_ray.rollback import read_rollbacks
 from relora_ray.runs import run_storage
 from relora_ray.runtime import driver
 from relora_ray.runtime.driver import preflight
@@ -57,13 +58,18 @@ def test_run_reaches_its_end_and_exports(reference: RunConfig) -> None:
 
 
 def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: None, data: Path, tmp_path: Path) -> None:
-    cfg = config(data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=1")
+    cfg = config(
+        data, tmp_path, "optimizer.learning_rate=1e30", "optimizer.grad_clip=0", "train.max_nonfinite_steps=1",
+        "train.max_rollbacks=1",
+    )  # fmt: skip
     events: list[dict[str, Any]] = []
     with pytest.raises(
         RunFailedError, match=r"NonFiniteError: 2 steps in a row.*with a lower optimizer\.learning_rate"
     ):
         driver.run(cfg, on_event=events.append)
-    assert len(read_all(run_storage(cfg), "attempt")) == 1, "no second try"
+    assert len(read_all(run_storage(cfg), "attempt")) == 2, "no try but that of the one rollback"
+    assert [r.number for r in read_rollbacks(run_storage(cfg))] == [1]
+    assert any("RolledBackError" in e["message"] for e in events if e["kind"] == "log")
     assert [e for e in events if e["kind"] == "log" and "is not finite" in e["message"]]
 
 
