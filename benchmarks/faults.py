@@ -11,7 +11,7 @@ uninterrupted run's, bit for bit.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import logging
 import os
 import sys
@@ -28,10 +28,12 @@ import ray
 
 from relora_ray.ablations import machine, version
 from relora_ray.conformance.__main__ import make_data
+from relora_ray.metrics import read_pages
 from relora_ray.runs import run_storage
 from tests.faults import Fault, Play, plan
-from tests.runtime.test_faults import STEPS, fault_config, losses
+from tests.runtime.test_faults import STEPS, fault_config
 from tests.s3 import Server
+from tests.tiny import stored_losses
 
 
 def name(fault: Fault) -> str:
@@ -50,7 +52,7 @@ def main() -> None:
     server.start()
     whole = fault_config(data, server, "whole")
     Play([]).run(whole)
-    expected = losses(whole)
+    expected = stored_losses(whole)
     print(f"# Faults\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n")
     print(f"Machine: {machine()}; Ray {ray.__version__}. Version: {version()}.")
     print(f"Command: `python benchmarks/faults.py --runs {args.runs} --each {args.each}`\n")
@@ -62,14 +64,15 @@ def main() -> None:
         cfg = fault_config(data, server, f"faults-{seed}")
         faults = plan(seed=seed, count=args.each, steps=STEPS)
         play = Play(faults, server)
-        play.run(cfg)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it thinks of the faults
+            play.run(cfg)
         done = play.took_place()
         took_place.update(name(fault) for fault in faults if fault.number in done)
         storage = run_storage(cfg)
-        pages = [json.loads(storage.get(path)) for path in storage.list("restarts")]
+        pages = read_pages(storage, "restarts")
         changes = [page for page in pages if page["change"] != "start"]
         down_s += [page["down_s"] for page in changes]
-        found = losses(cfg)
+        found = stored_losses(cfg)
         differ = sum(found.get(step) != loss for step, loss in expected.items())
         print(
             f"| {seed} | {len(done)} of {len(faults)} | {len(pages)} | {sum(page['steps_lost'] for page in changes)} | "

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # every process of Ray imports this module: what is heavy is 
 FOLDER = "RELORA_RAY_FAULTS"
 """Environment variable: where the plan and the marks are."""
 
+HANG = "HANG"
 FLIP = "flip"
 """A bit of an adapter is flipped."""
 INSIDE = ("forward", "backward", "all-reduce", "merge", "reset", "copy", "upload", "commit")
@@ -39,7 +40,7 @@ class Fault:
     after_step: int
     rank: int = 0
     signal: str = "SIGKILL"
-    """SIGSTOP: the process hangs instead of dying."""
+    """SIGSTOP: all of the process stands still instead of dying. HANG: the thread that trains does."""
 
 
 def plan(seed: int, count: int, steps: int, kinds: tuple[str, ...] = (*INSIDE, *OUTSIDE, "stopped")) -> list[Fault]:
@@ -67,7 +68,7 @@ def install() -> None:
     """In every Ray worker of the job."""
     from relora_ray.runtime import agent
 
-    agent._train = train_with_faults  # type: ignore[assignment]
+    agent.TRAIN = "tests.faults:train_with_faults"
 
 
 def train_with_faults(*args: Any) -> None:
@@ -88,6 +89,8 @@ def train_with_faults(*args: Any) -> None:
     def reach(where: str) -> None:
         for fault in faults:
             if fault.where == where and fault.rank == rank and now["step"] >= fault.after_step and mark(folder, fault):
+                if fault.signal == HANG:
+                    hang()
                 os.kill(os.getpid(), getattr(signal, fault.signal))
 
     def flip(model: Any) -> None:
@@ -119,6 +122,11 @@ def train_with_faults(*args: Any) -> None:
     before(Storage, "put", lambda _, path, data: "upload" if path.startswith(("base/", "delta/")) else "")
     before(trainer._Agent, "commit", lambda *_: "commit")
     trainer.train(*args)
+
+
+def hang() -> None:
+    while True:
+        time.sleep(1)
 
 
 def mark(folder: Path, fault: Fault) -> bool:

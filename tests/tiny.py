@@ -14,9 +14,9 @@ from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config
 from relora_ray.conformance.ours import Crash, state_tensors
 from relora_ray.loop import TrainState, run_attempt
-from relora_ray.metrics import Record
+from relora_ray.metrics import Record, read
 from relora_ray.parallel import World, digest
-from relora_ray.runs import claim
+from relora_ray.runs import claim, run_storage
 
 TINY = """
 name: tiny
@@ -64,6 +64,11 @@ def run(cfg: RunConfig, on_record: Callable[[Record], None] | None = None) -> tu
 
 def losses(records: list[Record]) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+
+
+def stored_losses(cfg: RunConfig, kind: str = "train") -> dict[int, float]:
+    """By step, from the run's log; of kind "eval" too."""
+    return {r["step"]: r["loss"] for r in read(run_storage(cfg), kind)}
 
 
 def state_digest(state: TrainState) -> int:

@@ -25,9 +25,23 @@ import ray.train
 import ray.util
 from ray.train.backend import Backend, BackendConfig
 
+from relora_ray.config import ClusterConfig
 from relora_ray.config_file import parse_config
 from relora_ray.runtime import prefork
 from relora_ray.runtime.messages import Member, Orders, Start
+
+logger = logging.getLogger(__name__)
+
+TRAIN = "relora_ray.runtime.trainer:train"
+"""What the process that trains does."""
+PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
+CHECK_S = 0.5
+STACK_LINES = 30
+WAITING = ("/torch/distributed/", "/torch/autograd/graph.py")
+"""Innermost file of a process that stands still because another does: in a collective, or in a backward pass, where
+gradients are reduced."""
+CULPRIT_S = 5.0
+"""It gives whoever it waits for so long to be found out first."""
 
 
 class Rendezvous(BackendConfig):
@@ -43,13 +57,6 @@ class Rendezvous(BackendConfig):
 
 class _SharedDevices(Backend):
     share_cuda_visible_devices = True  # or NCCL cannot use links between a machine's GPUs
-
-
-logger = logging.getLogger(__name__)
-
-PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
-CHECK_S = 0.5
-STACK_LINES = 30
 
 
 def run_agent(job: dict[str, Any]) -> None:
@@ -72,22 +79,22 @@ def run_agent(job: dict[str, Any]) -> None:
         start: Start | None = ray.get(coordinator.join.remote(member))
         if start is None:
             return
-        if _Watch(coordinator, member, start, job["config"], _device(cfg.cluster.gpus_per_worker)).run():
+        if _Watch(coordinator, member, start, cfg.cluster, job["config"]).run():
             return
 
 
 class _Watch:
     """One attempt's process on this rank, from its start to its end."""
 
-    def __init__(self, coordinator: Any, member: Member, start: Start, config: str, device: str) -> None:
+    def __init__(self, coordinator: Any, member: Member, start: Start, cluster: ClusterConfig, config: str) -> None:
         self._coordinator, self._member, self._start = coordinator, member, start
-        cluster = parse_config(config).cluster
         self._silence_s, self._stall_s = cluster.silence_timeout_s, cluster.stall_timeout_s
         descriptor, path = tempfile.mkstemp(prefix="relora-ray-stacks-")
         os.close(descriptor)
         self._stacks = Path(path)
         self._connection, theirs = multiprocessing.Pipe()
-        self._process = prefork.spawn(_key(), PRELOAD, theirs, _train, config, start, device, str(self._stacks))
+        device = _device(cluster.gpus_per_worker)
+        self._process = prefork.spawn(_key(), PRELOAD, theirs, TRAIN, config, start, device, str(self._stacks))
         self._sending = threading.Lock()
         self._news: queue.Queue[Orders | None] = queue.Queue()
         """Orders, or None when the process has ended."""
@@ -192,12 +199,16 @@ class _Watch:
 
     def _end_if_stuck(self) -> None:
         now = time.monotonic()
+        silent_s, still_s = now - self._alive, now - self._progress
         if self._done:
             return
-        if now - self._alive > self._silence_s:
+        if silent_s > self._silence_s:
             self._reason = f"its process gave no sign of life for {self._silence_s} s: stopped, or swapped out"
-        elif now - self._progress > self._stall_s:
-            self._reason = f"no step, evaluation or checkpoint for {self._stall_s} s; it was in\n{self._stack()}"
+        elif still_s > self._stall_s:
+            stack = self._stack()
+            if still_s < self._stall_s + CULPRIT_S and any(path in stack.partition("\n")[0] for path in WAITING):
+                return
+            self._reason = f"no step, evaluation or checkpoint for {self._stall_s} s; it was in\n{stack}"
         else:
             return
         self._process.end()
@@ -225,13 +236,6 @@ def _ended_how(code: int) -> str:
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
     return f"its process ended with code {code}"
-
-
-def _train(*args: Any) -> None:
-    """In the process that trains."""
-    from relora_ray.runtime.trainer import train
-
-    train(*args)
 
 
 def _device(gpus: int) -> str:

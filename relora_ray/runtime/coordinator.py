@@ -30,7 +30,7 @@ from relora_ray.config_file import parse_config
 from relora_ray.errors import ReloraError
 from relora_ray.parallel import disagreement
 from relora_ray.runs import run_storage
-from relora_ray.runtime.messages import Arrival, Cause, Event, Member, Orders, Start
+from relora_ray.runtime.messages import Arrival, Cause, Event, Member, Orders, Start, log_event
 
 MAX_EVENTS = 100_000
 """What nobody fetches is forgotten, the oldest first."""
@@ -121,9 +121,7 @@ class Coordinator:
         if mine is None or mine.number != start.attempt:
             return Orders(stop=True)
         mine.members[start.rank] = member
-        while mine.orders == seen:
-            mine.changed.clear()
-            await mine.changed.wait()
+        await mine.until(lambda: mine.orders != seen)
         return mine.orders
 
     async def lost(self, attempt: int, rank: int, reason: str) -> None:
@@ -154,9 +152,7 @@ class Coordinator:
         if len(mine.done) == mine.size:
             self._finished = True
             self._end_attempt(mine)
-        while not mine.orders.stop:
-            await mine.changed.wait()
-            mine.changed.clear()
+        await mine.until(lambda: mine.orders.stop)
         return self._finished
 
     async def fail(self, attempt: int, message: str) -> None:
@@ -391,7 +387,7 @@ class Coordinator:
         return events
 
     def _warn(self, message: str) -> None:
-        self._events.append({"kind": "log", "level": "WARNING", "rank": "coordinator", "message": message})
+        self._events.append(log_event("coordinator", message))
 
     def _on_log(self, record: logging.LogRecord) -> None:
         self._warn(record.getMessage())
@@ -426,7 +422,7 @@ class _Attempt:
         self.number, self.size, self.cause = number, size, cause
         self.members = {member.rank: member for member in members}
         self.name, self.from_step, self.trains = "", 0, False
-        self.orders, self.changed = Orders(), asyncio.Event()
+        self.orders, self._changed = Orders(), asyncio.Event()
         self.lost: set[int] = set()
         self.done: set[int] = set()
         self.leaving: list[int] = []
@@ -438,7 +434,13 @@ class _Attempt:
 
     def order(self, **changes: Any) -> None:
         self.orders = dataclasses.replace(self.orders, **changes)
-        self.changed.set()
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Returns when its orders are such that `condition` holds."""
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
 
 
 class _Boundary:

@@ -32,7 +32,7 @@ from relora_ray.runtime import elastic
 from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
 from relora_ray.runtime.lease import only_driver
-from relora_ray.runtime.messages import Event
+from relora_ray.runtime.messages import Event, log_event
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
                 f"{cfg.min_workers} workers need {amount:g} {kind}s and the cluster has {there.get(kind, 0):g}: "
                 f"waiting for more nodes. Without an autoscaler, lower cluster.workers or cluster.min_workers."
             )
-            on_event(_warning(message))
+            on_event(log_event("driver", message))
 
 
 def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -> None:
@@ -141,11 +141,7 @@ def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -
             f"the server of {storage.url} ignores If-None-Match: if two drivers train this run and commit a checkpoint "
             f"at the same moment, neither is told. Keep to one."
         )
-        on_event(_warning(message))
-
-
-def _warning(message: str) -> Event:
-    return {"kind": "log", "level": "WARNING", "rank": "driver", "message": message}
+        on_event(log_event("driver", message))
 
 
 @contextmanager

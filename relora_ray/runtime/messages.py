@@ -9,6 +9,11 @@ Event = dict[str, Any]
 """Something to show: a metrics record, or of kind "log", "worker" or "restart"."""
 
 
+def log_event(who: str | int, message: str, level: str = "WARNING") -> Event:
+    """`who`: a rank, or a name."""
+    return {"kind": "log", "level": level, "rank": who, "message": message}
+
+
 @dataclass(frozen=True)
 class Member:
     """One agent of a worker group, as it asks for something to do."""

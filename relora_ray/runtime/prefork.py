@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,10 @@ class Child:
         self._control.close()
 
 
-def spawn(key: str, preload: Sequence[str], pipe: Connection, target: Callable[..., None], *args: Any) -> Child:
+def spawn(key: str, preload: Sequence[str], pipe: Connection, target: str, *args: Any) -> Child:
     """Fork a process that calls `target(pipe, *args)`, from the server for `key`, which is started if there is none.
 
-    `target` must be importable. `pipe` is handed over: it is closed here.
+    `target`: "module:function", looked up in the new process. `pipe` is handed over: it is closed here.
     """
     request = pickle.dumps((target, args, dict(os.environ)))
     for last in (False, True):
@@ -199,10 +199,10 @@ def _fork(control: socket.socket, others: Sequence[socket.socket], children: dic
     if len(length) < 8 or not fds:
         raise EOFError
     try:
-        target, args, environment = pickle.loads(_receive(control, int.from_bytes(length, "big")))
+        request = _receive(control, int.from_bytes(length, "big"))
         pid = os.fork()
         if pid == 0:
-            _become([control, *others, *children.values()], Connection(fds[0]), target, args, environment)
+            _become([control, *others, *children.values()], Connection(fds[0]), request)
     finally:
         os.close(fds[0])
     try:
@@ -214,13 +214,7 @@ def _fork(control: socket.socket, others: Sequence[socket.socket], children: dic
     control.settimeout(None)
 
 
-def _become(
-    connections: Sequence[socket.socket],
-    pipe: Connection,
-    target: Callable[..., None],
-    args: tuple[Any, ...],
-    environment: Mapping[str, str],
-) -> None:
+def _become(connections: Sequence[socket.socket], pipe: Connection, request: bytes) -> None:
     """In the new process. Does not return."""
     code = 1
     try:
@@ -228,9 +222,11 @@ def _become(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for connection in connections:
             connection.close()
+        target, args, environment = pickle.loads(request)
         os.environ.clear()
         os.environ.update(environment)
-        target(pipe, *args)
+        module, _, function = target.partition(":")
+        getattr(importlib.import_module(module), function)(pipe, *args)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -31,7 +31,7 @@ from relora_ray.errors import RanksDisagreeError, ReloraError
 from relora_ray.loop import run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World
-from relora_ray.runtime.messages import Arrival, Orders, Start
+from relora_ray.runtime.messages import Arrival, Orders, Start, log_event
 
 PULSE_S = 1.0
 """A trainer says so often that it lives."""
@@ -177,9 +177,8 @@ class _Forwarder(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or self._rank == 0:
-            event = {"kind": "log", "level": record.levelname, "rank": self._rank, "message": record.getMessage()}
             with contextlib.suppress(OSError):
-                self._link.tell("record", event)
+                self._link.tell("record", log_event(self._rank, record.getMessage(), record.levelname))
 
 
 def _forward_warnings(link: Link, rank: int) -> None:

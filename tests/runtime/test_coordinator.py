@@ -12,6 +12,7 @@ import pytest
 
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config_file import to_yaml
+from relora_ray.metrics import read_pages
 from relora_ray.runs import run_storage
 from relora_ray.runtime.coordinator import Coordinator
 from relora_ray.runtime.messages import Arrival, Member, Orders, Start
@@ -338,7 +339,7 @@ def test_restart_is_recorded_with_its_price(play: Callable[..., Any], data: Path
 
     storage = run_storage(tiny_config(data, tmp_path))
     play(test)
-    pages = [json.loads(storage.get(path)) for path in storage.list("restarts")]
+    pages = read_pages(storage, "restarts")
     assert [(p["change"], p["steps_lost"], p["world_size"]) for p in pages] == [("start", 0, 2), ("failure", 1, 2)]
     assert pages[1]["cause"] == "rank 1: gone"
     assert pages[1]["down_s"] >= 0

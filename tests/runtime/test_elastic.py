@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from ray.train.torch import TorchTrainer
 
+from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
-from relora_ray.metrics import read, read_all
+from relora_ray.metrics import read, read_all, read_pages
 from relora_ray.runs import run_storage
 from relora_ray.runtime import driver, elastic
 from relora_ray.runtime.driver import preflight
-from relora_ray.storage import Storage
 from tests.cluster import Machines
-from tests.tiny import losses, run, tiny_config
+from tests.tiny import losses, run, stored_losses, tiny_config
 
 STEADY = 20
 
@@ -43,10 +43,6 @@ def test_other_version_of_ray_falls_back_to_its_own_policy(
     monkeypatch.delattr(elastic.ElasticScalingPolicy, "_count_possible_workers")
     assert elastic.trainer_class(None) is TorchTrainer
     assert "there is no ElasticScalingPolicy._count_possible_workers" in caplog.text
-
-
-def pages(storage: Storage, folder: str) -> list[dict[str, Any]]:
-    return [json.loads(storage.get(path)) for path in storage.list(folder)]
 
 
 def drive(cfg: RunConfig, actions: list[tuple[int, Callable[[], None]]]) -> Events:
@@ -105,11 +101,48 @@ def test_workers_come_and_go_and_the_result_stays(machines: Machines, data: Path
     storage = run_storage(cfg)
     attempts = read_all(storage, "attempt")
     assert [a["world_size"] for a in attempts] == [1, 2, 1, 3], "the resizes took place"
-    restarts = pages(storage, "restarts")
+    restarts = read_pages(storage, "restarts")
     assert [r["change"] for r in restarts] == ["start", "resize", "resize", "resize"]
     assert [r["steps_lost"] for r in restarts] == [0, 0, 0, 0]
     _, expected = run(tiny_config(data, tmp_path / "b", *overrides))
-    found = {r["step"]: r["loss"] for r in read(storage, "train")}
-    assert found == pytest.approx(losses(expected), rel=1e-5)
+    assert stored_losses(cfg) == pytest.approx(losses(expected), rel=1e-5)
     assert [b["step"] for b in read(storage, "boundary")] == [r["step"] for r in expected if r["kind"] == "boundary"]
-    assert [p["step"] for p in pages(storage, "ledger")] == list(range(200, 1201, 200))
+    assert [p["step"] for p in read_pages(storage, "ledger")] == list(range(200, 1201, 200))
+
+
+def test_state_is_stored_within_a_notice_where_nobody_can_go_on_without_the_machine(data: Path, tmp_path: Path) -> None:
+    """Two workers and no fewer: after the notice the machine is lost, another comes, and little is done again."""
+    overrides = (
+        "steps=1200", "method.warm_start_steps=600", "method.merge_every_steps=600", "schedule.warmup_steps=20",
+        "checkpoint.save_every_steps=1000", "schedule.restart_warmup_steps=20", "optimizer.learning_rate=1e-3",
+        "data.seq_len=64",
+    )  # fmt: skip
+    cfg = preflight(tiny_config(data, tmp_path / "a", "cluster.workers=2", *overrides))
+    cluster = Machines(2)
+    try:
+
+        def notice() -> None:
+            leaving = cluster.nodes[1]
+            cluster.drain(leaving, 30)
+            saved = wait_for(lambda: next((s for s in list_manifests(run_storage(cfg)) if s not in (0, 600)), None))
+            cluster.lose(leaving)
+            cluster.add()
+            stored.append(saved)
+
+        stored: list[int] = []
+        drive(cfg, [(2, notice)])
+    finally:
+        cluster.shutdown()
+    restarts = read_pages(run_storage(cfg), "restarts")
+    assert [(r["change"], r["world_size"]) for r in restarts] == [("start", 2), ("failure", 2)]
+    assert restarts[1]["from_step"] >= stored[0]
+    _, expected = run(tiny_config(data, tmp_path / "b", *overrides))
+    assert stored_losses(cfg) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def wait_for(found: Callable[[], int | None]) -> int:
+    for _ in range(600):
+        if (value := found()) is not None:
+            return value
+        time.sleep(0.05)
+    raise AssertionError("nothing came in 30 s")

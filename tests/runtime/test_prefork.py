@@ -40,15 +40,14 @@ def key() -> Iterator[str]:
     """Of a server for this test alone."""
     name = uuid.uuid4().hex
     yield name
-    ours, theirs = multiprocessing.Pipe()
-    child = prefork.spawn(name, ["json"], theirs, report)
+    child, ours = start(name, report)
     os.kill(ours.recv()["parent"], signal.SIGKILL)
     child.kill()
 
 
 def start(key: str, target: Any, *args: Any) -> tuple[prefork.Child, Connection]:
     ours, theirs = multiprocessing.Pipe()
-    return prefork.spawn(key, ["json"], theirs, target, *args), ours
+    return prefork.spawn(key, ["json"], theirs, f"{__name__}:{target.__name__}", *args), ours
 
 
 def test_process_begins_with_imports_and_the_agents_environment(key: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,12 @@ import ray
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
 from relora_ray.errors import RunFailedError
-from relora_ray.metrics import read, read_all
+from relora_ray.metrics import read_all
 from relora_ray.rollback import read_rollbacks
 from relora_ray.runs import run_storage
 from relora_ray.runtime import driver
 from relora_ray.runtime.driver import preflight
-from tests.tiny import tiny_config
+from tests.tiny import stored_losses, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,13 @@ def reference(data: Path, local_ray: None, tmp_path_factory: pytest.TempPathFact
     return cfg
 
 
-def losses(cfg: RunConfig) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read(run_storage(cfg), "train")}
-
-
 def test_run_reaches_its_end_and_exports(reference: RunConfig) -> None:
     storage = run_storage(reference)
-    assert sorted(losses(reference)) == list(range(1, 94))
+    assert sorted(stored_losses(reference)) == list(range(1, 94))
     assert list_manifests(storage)[-1] == 93
     assert [a["world_size"] for a in read_all(storage, "attempt")] == [2]
     assert storage.exists("model/model.safetensors")
-    assert losses(reference)[93] < losses(reference)[1] - 1
+    assert stored_losses(reference)[93] < stored_losses(reference)[1] - 1
 
 
 def test_error_that_a_restart_cannot_mend_ends_the_run_at_once(local_ray: None, data: Path, tmp_path: Path) -> None:
@@ -90,4 +86,4 @@ def test_same_command_again_continues(local_ray: None, data: Path, tmp_path: Pat
         driver.run(cfg, on_event=stop_at_8)
     assert list_manifests(run_storage(cfg))[-1] < 93
     driver.run(config(data, tmp_path, "steps=93"), on_event=lambda event: None)
-    assert losses(cfg) == losses(reference)
+    assert stored_losses(cfg) == stored_losses(reference)
