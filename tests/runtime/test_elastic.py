@@ -113,7 +113,7 @@ def test_workers_come_and_go_and_the_result_stays(machines: Machines, data: Path
 def test_state_is_stored_within_a_notice_where_nobody_can_go_on_without_the_machine(data: Path, tmp_path: Path) -> None:
     """Two workers and no fewer: after the notice the machine is lost, another comes, and little is done again."""
     overrides = (
-        "steps=1200", "method.warm_start_steps=600", "method.merge_every_steps=600", "schedule.warmup_steps=20",
+        "steps=600", "method.warm_start_steps=300", "method.merge_every_steps=300", "schedule.warmup_steps=20",
         "checkpoint.save_every_steps=1000", "schedule.restart_warmup_steps=20", "optimizer.learning_rate=1e-3",
         "data.seq_len=64",
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_state_is_stored_within_a_notice_where_nobody_can_go_on_without_the_mach
         def notice() -> None:
             leaving = cluster.nodes[1]
             cluster.drain(leaving, 30)
-            saved = wait_for(lambda: next((s for s in list_manifests(run_storage(cfg)) if s not in (0, 600)), None))
+            saved = wait_for(lambda: next((s for s in list_manifests(run_storage(cfg)) if s not in (0, 300)), None))
             cluster.lose(leaving)
             cluster.add()
             stored.append(saved)
