@@ -68,5 +68,9 @@ class RunBusyError(ReloraError):
     """Another driver trains the run."""
 
 
+class StoppedError(ReloraError):
+    """The driver was told to stop, by SIGTERM."""
+
+
 class RunFailedError(ReloraError):
     """The run ended without reaching its last step."""

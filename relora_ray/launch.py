@@ -4,7 +4,7 @@
 
 Starting a run and continuing it after a crash are this one command. Uses the Ray cluster of RAY_ADDRESS (Ray jobs have
 it set), or else starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
-130 interrupted.
+130 interrupted by Ctrl-C, 143 told to stop by SIGTERM, as `ray job stop` does: the state is stored first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 
 from relora_ray.config_file import load_config
-from relora_ray.errors import ReloraError, RunBusyError
+from relora_ray.errors import ReloraError, RunBusyError, StoppedError
 from relora_ray.progress import Progress
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     except ReloraError as error:
         progress.close()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RunBusyError) else 1
+        return {RunBusyError: 2, StoppedError: 143}.get(type(error), 1)
     except KeyboardInterrupt:
         progress.close()
         print("interrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)

@@ -174,3 +174,25 @@ def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tm
     assert "interrupted: run the same command again to continue" in errors
     assert "Traceback" not in errors
     assert list_manifests(Storage(f"{tmp_path}/runs/tiny"))[-1] >= 8
+
+
+def test_sigterm_stores_the_state_before_it_ends_the_run(yaml_file: Path, data: Path, tmp_path: Path) -> None:
+    """In the middle of a long cycle without saves: exit code 143, and the next start goes on from there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs",
+         "steps=30003", "method.merge_every_steps=30000", "checkpoint.save_every_steps=30000",
+         "train.log_every_steps=1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step    20/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors[-2000:]
+    saved = list_manifests(Storage(f"{tmp_path}/runs/tiny"))
+    assert saved[:2] == [0, 3]
+    assert saved[2] >= 20
+    assert f"StoppedError: told to stop by SIGTERM: the state after step {saved[2]} is stored" in errors
+    assert "Traceback" not in errors

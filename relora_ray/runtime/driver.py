@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from relora_ray import config as rc
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config_file import to_yaml
-from relora_ray.errors import ConfigError, RunFailedError
+from relora_ray.errors import ConfigError, RunFailedError, StoppedError
 from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
 from relora_ray.model import build_model, embedding_rows
@@ -33,6 +35,7 @@ from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
 from relora_ray.runtime.lease import only_driver
 from relora_ray.runtime.messages import Event, log_event
+from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ OnEvent = Callable[[Event], None]
 POLL_S = 0.5
 START_S = 300.0
 """The coordinator has started within this."""
+STOP_S = 600.0
+"""At most for the last save. Whoever says stop usually waits less, and then says SIGKILL."""
 
 
 def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
@@ -64,7 +69,7 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
 
 def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
-    RunBusyError before anything is done."""
+    RunBusyError before anything is done and StoppedError after SIGTERM, KeyboardInterrupt after SIGINT."""
     with only_driver(run_storage(cfg)), _ray(cfg):
         _say_what_is_missing(cfg, on_event)
         _say_if_drivers_cannot_be_told_apart(cfg, on_event)
@@ -75,7 +80,7 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
             ray.get(coordinator.fatal.remote(), timeout=START_S)
         except ray.exceptions.RayError as error:
             raise RunFailedError(f"the coordinator cannot start on the driver's node: {error}") from error
-        with _watching(coordinator, on_event):
+        with _watching(coordinator, on_event), _saving_when_told_to_stop(coordinator, run_storage(cfg)):
             _fit(cfg, coordinator)
 
 
@@ -207,6 +212,44 @@ def _watching(coordinator: Any, on_event: OnEvent) -> Iterator[None]:
         done.set()
         thread.join()
         poll()
+
+
+@contextmanager
+def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[None]:
+    """At SIGTERM have the state stored, then end the block as Ctrl-C does, with StoppedError. Main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = threading.Event()
+
+    def save_and_stop() -> None:
+        try:
+            until = time.monotonic() + STOP_S
+            waiting = ray.get(coordinator.ask_to_save.remote([], "the driver was told to stop", False), timeout=STOP_S)
+            while waiting and time.monotonic() < until:
+                time.sleep(0.2)
+                waiting = ray.get(coordinator.is_asked.remote(), timeout=STOP_S)
+        except ray.exceptions.RayError as error:
+            logger.warning("the state could not be stored: %s", error)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_term(*_: Any) -> None:
+        if not told.is_set():
+            told.set()
+            threading.Thread(target=save_and_stop, daemon=True).start()
+
+    before = signal.signal(signal.SIGTERM, on_term)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not told.is_set():
+            raise
+        steps = list_manifests(storage)
+        what = f"the state after step {steps[-1]} is stored" if steps else "nothing had been trained"
+        raise StoppedError(f"told to stop by SIGTERM: {what}. Run the same command again to continue.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_absolute_paths(cfg: rc.RunConfig) -> rc.RunConfig:
