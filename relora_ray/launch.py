@@ -1,6 +1,6 @@
 """Train a run: what `ray job submit` calls.
 
-    python -m relora_ray.launch CONFIG [key=value ...]
+    python -m relora_ray.launch CONFIG [key=value ...] [--dry-run]
 
 Starting a run and continuing it after a crash are this one command. Uses the Ray cluster of RAY_ADDRESS (Ray jobs have
 it set), or else starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+from relora_ray.config import RunConfig
 from relora_ray.config_file import load_config
 from relora_ray.errors import ReloraError, RunBusyError, StoppedError
 from relora_ray.progress import Progress
@@ -24,7 +25,8 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as steps=300 optimizer.learning_rate=1e-3"
     )
-    args = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="check config, storage, data and machines, and end")
+    args = parser.parse_intermixed_args()
     try:
         cfg = load_config(args.config, args.overrides)
         # Imported only now: a bad config should not have to wait for torch and Ray.
@@ -32,10 +34,12 @@ def main() -> int:
         from relora_ray.runs import run_storage
         from relora_ray.runtime import driver
 
-        cfg = driver.preflight(cfg)
+        cfg = driver.preflight(cfg, dry_run=args.dry_run)
     except ReloraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    if args.dry_run:
+        return _dry_run(cfg)
     progress = Progress(cfg, sys.stdout)
     try:
         driver.run(cfg, on_event=progress)
@@ -50,6 +54,16 @@ def main() -> int:
     progress.close()
     print(summary(run_storage(cfg)))
     return 0
+
+
+def _dry_run(cfg: RunConfig) -> int:
+    from relora_ray.runtime.dry_run import dry_run
+
+    fine = True
+    for finding in dry_run(cfg):
+        print(finding, flush=True)
+        fine &= finding.fine
+    return 0 if fine else 2
 
 
 if __name__ == "__main__":

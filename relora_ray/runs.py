@@ -82,18 +82,19 @@ def check_vocabulary(rows: int, index: DataIndex) -> None:
         )
 
 
-def claim(cfg: RunConfig) -> RunConfig:
+def claim(cfg: RunConfig, *, dry_run: bool = False) -> RunConfig:
     """Tie the run's folder to this config, and return it with the data's fingerprint filled in.
 
     Until there is a checkpoint nothing is lost, and a corrected config takes the place of the one before. From
     then on the config must agree in every key that decides the result; ConfigError lists those that differ.
-    Operational keys may change.
+    Operational keys may change. `dry_run`: compare, and write nothing.
     """
     storage = run_storage(cfg)
     if not list_manifests(storage):
         cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
-        _copy_tokenizer(cfg, storage)
-        storage.put(CONFIG, to_yaml(cfg).encode())
+        if not dry_run:
+            _copy_tokenizer(cfg, storage)
+            storage.put(CONFIG, to_yaml(cfg).encode())
         return cfg
     if not storage.exists(CONFIG):
         raise ConfigError(

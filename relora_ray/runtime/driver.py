@@ -48,10 +48,10 @@ STOP_S = 600.0
 """At most for the last save. Whoever says stop usually waits less, and then says SIGKILL."""
 
 
-def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
+def preflight(cfg: rc.RunConfig, *, dry_run: bool = False) -> rc.RunConfig:
     """Check all that can be checked without Ray; returns the config as it will run. Raises ReloraError.
 
-    Local paths become absolute, because workers run in folders of their own.
+    Local paths become absolute, because workers run in folders of their own. `dry_run`: nothing is written.
     """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in cfg.storage and not os.path.isabs(cfg.storage):
         raise ConfigError(
@@ -64,13 +64,13 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
         shell = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta")
         check_vocabulary(embedding_rows(shell), open_data(cfg))
         build_method(cfg).adapt(shell, cfg.steps)
-    return claim(cfg)
+    return claim(cfg, dry_run=dry_run)
 
 
 def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
     RunBusyError before anything is done and StoppedError after SIGTERM, KeyboardInterrupt after SIGINT."""
-    with only_driver(run_storage(cfg)), _ray(cfg):
+    with only_driver(run_storage(cfg)), connected(cfg):
         _say_what_is_missing(cfg, on_event)
         _say_if_drivers_cannot_be_told_apart(cfg, on_event)
         # On the driver's own node: without this, Ray may put it on a spot machine.
@@ -150,7 +150,7 @@ def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -
 
 
 @contextmanager
-def _ray(cfg: rc.RunConfig) -> Iterator[None]:
+def connected(cfg: rc.RunConfig) -> Iterator[None]:
     """The cluster of RAY_ADDRESS (Ray jobs have it set), or else a local Ray with a slot for every worker.
 
     A Ray that happens to run on this machine is not joined unasked: it may be another run's own, and end with it.
