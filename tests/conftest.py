@@ -32,10 +32,7 @@ AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
     items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
 
 
