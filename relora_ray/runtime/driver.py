@@ -220,7 +220,7 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told = threading.Event()
+    told, ended = threading.Event(), threading.Event()
 
     def save_and_stop() -> None:
         try:
@@ -232,7 +232,8 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
         except ray.exceptions.RayError as error:
             logger.warning("the state could not be stored: %s", error)
         finally:
-            os.kill(os.getpid(), signal.SIGINT)
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
 
     def on_term(*_: Any) -> None:
         if not told.is_set():
@@ -249,6 +250,7 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
         what = f"the state after step {steps[-1]} is stored" if steps else "nothing had been trained"
         raise StoppedError(f"told to stop by SIGTERM: {what}. Run the same command again to continue.") from None
     finally:
+        ended.set()
         signal.signal(signal.SIGTERM, before)
 
 
