@@ -336,7 +336,8 @@ class TrainConfig(Section):
     by other dropout masks if there is dropout."""
     micro_batch_rows_by_device: Annotated[dict[str, Annotated[int, Field(gt=0)]], AfterValidator(_Mapping)] = {}
     """Instead, on GPUs whose name has this in it: `{H100: 32, L4: 8}`. Every worker makes its share of the global batch
-    in steps of its own size; the first entry that fits counts."""
+    in steps of its own size; the first entry that fits counts. Kinds that round differently are found at the first
+    boundary, where all ranks must hold the same bits."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
     compile: bool = False

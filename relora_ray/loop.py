@@ -286,6 +286,7 @@ def resume(
         )
     state = _build(cfg, method, world, 0)
     world.assert_same(digest(list(state.model.state_dict().values())), "at the start")
+    state.position = replace(state.position, counters=Counters(rollbacks=len(rollbacks)))
     return state, False
 
 

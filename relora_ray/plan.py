@@ -19,7 +19,7 @@ Planned = int | dict[int, int]
 def read_plan(given: dict[Any, Any]) -> Plan:
     """Raises ValueError, with the broken rule, for anything but a plan. Keys may be text, as in JSON."""
     try:
-        pairs = sorted((int(step), number) for step, number in given.items())
+        pairs = sorted((int(str(step)), number) for step, number in given.items())
     except (TypeError, ValueError):
         pairs = []
     whole = all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for _, number in pairs)

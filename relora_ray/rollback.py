@@ -6,10 +6,11 @@ An update is a sign of divergence if its loss is not finite, or is `train.diverg
 losses before. After `train.divergence_steps` signs in a row, or more than `train.max_nonfinite_steps` losses that are
 not finite, the run goes back to the last boundary before the first sign, and does not make the updates from as many
 before that sign as followed it (none before the boundary). Without a boundary's checkpoint it goes back to the newest
-from before those updates. At most `train.max_rollbacks` times.
+from before the first sign. At most `train.max_rollbacks` times.
 
-The record is stored before anything else happens, and every attempt after reads it: what is done again and what is
-left out does not depend on who was killed when.
+The record is stored before anything else happens, and every attempt after reads it. After a boundary, what is left out
+is a function of the losses alone. Before the first one (full training, a warm start) it depends on which checkpoint is
+there to go back to, and so on which saves were left out.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def roll_back(
         )
     skip_from = 2 * first_sign - done
     boundary = method.last_boundary(first_sign)
-    to_step = max((step for step in before if step <= skip_from), default=before[0])
+    # The newest without a sign outlives pruning, which may be under way; at the first sign itself it may be too late.
+    to_step = max((step for step in before if step < first_sign), default=before[-1])
     if boundary and boundary in before:
         to_step = boundary
     rollback = Rollback(

@@ -112,6 +112,7 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["method.lora_rank={0: 4, 3: 2}"], ["method.lora_rank changes at step 3", "begin at 6."]),
         (["method.lora_rank={0: 4, 6: 33}"], ["method.lora_rank={0: 4, 6: 33} is more than 32"]),
         (["method.lora_rank={0: 4, 6: 2.5}"], ["must give whole numbers above 0"]),
+        (["method.lora_rank={0: 4, 6.5: 2}"], ["must give whole numbers above 0"]),
         (["method.lora_rank={}"], ["must give whole numbers above 0"]),
         (["method={kind: lora, lora_rank: {0: 4, 6: 2}}", "schedule.restart_every_steps=3"], ["lora never merges"]),
         (["method.warm_start_steps=12"], ["method.warm_start_steps=12 is not less than steps=12"]),

@@ -203,6 +203,8 @@ class Coordinator:
             return False
         mine.leaving = [m.rank for m in mine.members.values() if m.node in leaving]
         mine.waits = wait
+        if mine.orders.go_on >= mine.orders.save:  # nobody waits any more since the last wish
+            mine.paused = {}
         self._next_cause = Cause("resize", cause)
         mine.order(save=max(time.time_ns(), mine.orders.save + 1))
         return True

@@ -241,6 +241,7 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
             threading.Thread(target=save_and_stop, daemon=True).start()
 
     before = signal.signal(signal.SIGTERM, on_term)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it in what its jobs start
     try:
         yield
     except KeyboardInterrupt:
