@@ -27,7 +27,7 @@ from relora_ray.checkpoint import Commits, Manifest, Outcome, Share
 from relora_ray.checkpoint.checkpointer import LAST_WORDS_S
 from relora_ray.checkpoint.manifest import attempt_number, list_manifests
 from relora_ray.config_file import parse_config
-from relora_ray.errors import ReloraError
+from relora_ray.errors import ReloraError, RolledBackError
 from relora_ray.parallel import disagreement
 from relora_ray.runs import run_storage
 from relora_ray.runtime.messages import Arrival, Cause, Event, Member, Orders, Start, log_event
@@ -132,7 +132,8 @@ class Coordinator:
         mine.lost.add(rank)
         if self._cause is None:
             self._cause = Cause("failure", f"rank {rank}: {reason}")
-            self._failures += 1
+            # One that went back is bounded by train.max_rollbacks. Its process says so by the error's name.
+            self._failures += not reason.startswith(f"{RolledBackError.__name__}: ")
             self._warn(self._cause.text)
             if self._max_failures >= 0 and self._failures > self._max_failures and not self._fatal:
                 self._fatal = (

@@ -93,6 +93,34 @@ def test_failures_are_counted_and_limited(play: Callable[..., Any]) -> None:
     play(test, "cluster.max_failures=2")
 
 
+def test_rollback_is_no_failure(play: Callable[..., Any]) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        for _ in range(3):
+            starts = await begin(coordinator)
+            await coordinator.lost(starts[0].attempt, 0, "RolledBackError: back to step 15")
+        assert coordinator.fatal() == ""
+        starts = await begin(coordinator)
+        await coordinator.lost(starts[0].attempt, 0, "x")
+        assert "cluster.max_failures=0" in coordinator.fatal()
+
+    play(test, "cluster.max_failures=0")
+
+
+def test_wish_without_a_wait_leaves_nobody_paused(play: Callable[..., Any]) -> None:
+    """Or the next resize would not wait for the stored state."""
+
+    async def test(coordinator: Coordinator) -> None:
+        starts = await begin(coordinator)
+        coordinator.ask_to_save([], "a notice", False)
+        for start in starts:
+            await coordinator.pause(start.attempt, start.rank, 5, True)
+        assert not coordinator.is_asked()
+        coordinator.ask_to_save([], "a resize", True)
+        assert not coordinator.is_paused()
+
+    play(test)
+
+
 def test_left_over_agents_change_nothing(play: Callable[..., Any]) -> None:
     """Agents of a worker group that was replaced may still be running, or wait for the others."""
 
