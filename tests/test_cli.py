@@ -157,20 +157,27 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     assert re.search(r"goodput   \d+\.\d%: \d+ s of \d+ s went into steps that count", said), said
 
 
-def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle: exit code 130, no traceback, and checkpoints to go on from."""
+def launch_and_signal(sent: signal.Signals, at: str, *args: str | Path) -> tuple[int, str]:
+    """Launch a run and send it a signal when a line of its output begins with `at`; its exit code and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs",
-         "steps=30003", "train.log_every_steps=1"],
+        [sys.executable, "-m", "relora_ray.launch", *map(str, args), "steps=30003", "train.log_every_steps=1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step     9/"):
-            process.send_signal(signal.SIGINT)
+        if line.startswith(at):
+            process.send_signal(sent)
             break
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors[-2000:]
+    return process.returncode, errors
+
+
+def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle: exit code 130, no traceback, and checkpoints to go on from."""
+    code, errors = launch_and_signal(
+        signal.SIGINT, "step     9/", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs"
+    )
+    assert code == 130, errors[-2000:]
     assert "interrupted: run the same command again to continue" in errors
     assert "Traceback" not in errors
     assert list_manifests(Storage(f"{tmp_path}/runs/tiny"))[-1] >= 8
@@ -178,19 +185,11 @@ def test_interrupted_launch_says_how_to_continue(yaml_file: Path, data: Path, tm
 
 def test_sigterm_stores_the_state_before_it_ends_the_run(yaml_file: Path, data: Path, tmp_path: Path) -> None:
     """In the middle of a long cycle without saves: exit code 143, and the next start goes on from there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs",
-         "steps=30003", "method.merge_every_steps=30000", "checkpoint.save_every_steps=30000",
-         "train.log_every_steps=1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    code, errors = launch_and_signal(
+        signal.SIGTERM, "step    20/", yaml_file, f"data.path={data}", f"storage={tmp_path}/runs",
+        "method.merge_every_steps=30000", "checkpoint.save_every_steps=30000",
     )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step    20/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors[-2000:]
+    assert code == 143, errors[-2000:]
     saved = list_manifests(Storage(f"{tmp_path}/runs/tiny"))
     assert saved[:2] == [0, 3]
     assert saved[2] >= 20
