@@ -40,7 +40,7 @@ def fault_config(data: Path, server: Server, name: str, *more: str) -> RunConfig
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, server: Callable[[str], Server]) -> tuple[dict[int, float], dict[int, float]]:
     """Losses of updates and of evaluations."""
-    cfg = fault_config(data, server("rclone"), "whole")
+    cfg = fault_config(data, server("rclone"), "whole", "cluster.silence_timeout_s=60")
     Play([]).run(cfg)
     assert len(read_all(run_storage(cfg), "attempt")) == 1
     assert sorted(stored_losses(cfg)) == list(range(1, STEPS + 1))
