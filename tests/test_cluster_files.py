@@ -1,0 +1,147 @@
+"""What is in cluster/: against Ray's schema and EC2's own model, the KubeRay CRDs, and by running it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = ROOT / "cluster"
+CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared/kuberay-crds"))
+
+VALUES = {
+    "MAX_WORKERS": "4", "AWS_REGION": "us-west-2", "AWS_ACCOUNT": "123456789012", "AMI": "ami-0123456789abcdef0",
+    "SECURITY_GROUP": "sg-0123456789abcdef0", "IMAGE": "registry.example/relora:1", "REGISTRY": "registry.example",
+    "GCP_REGION": "us-central1", "GCP_ZONE": "us-central1-a", "GCP_PROJECT": "a-project",
+    "VM_IMAGE": "projects/p/global/images/i", "SPOT_LABEL": "cloud.example/spot", "SPOT_VALUE": "true",
+    "STORAGE": "s3://bucket/runs", "DATA": "s3://bucket/data",
+}  # fmt: skip
+
+
+def filled(path: Path) -> str:
+    """With every ${NAME} replaced; one that is not known is an error."""
+    return re.sub(r"\$\{(\w+)\}", lambda found: VALUES[found[1]], path.read_text())
+
+
+def test_every_placeholder_is_explained_at_the_top() -> None:
+    top = (CLUSTER / "README.md").read_text().split("\n## ")[1]
+    used = {name for path in CLUSTER.rglob("*.yaml") for name in re.findall(r"\$\{(\w+)\}", path.read_text())}
+    assert used == set(VALUES)
+    assert set(re.findall(r"^\| `(\w+)`", top, re.MULTILINE)) == used
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_ray_up_takes_the_file(cloud: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray/relora").mkdir(parents=True)
+    config = yaml.safe_load(filled(CLUSTER / cloud / "cluster.yaml"))
+    if cloud == "aws":  # what `ray up` asks EC2 for, which cannot be asked here
+        for kind, resources in {"spot": {"CPU": 8, "GPU": 1}, "on_demand": {"CPU": 8, "GPU": 1}}.items():
+            config["available_node_types"][kind]["resources"] = resources
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    assert prepared["head_node_type"] == "head"
+    assert prepared["available_node_types"]["spot"]["max_workers"] == 4
+    commands = " ".join(prepared["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in commands
+    assert "RAY_AUTH_MODE=token" in commands
+    assert f"notice {cloud}" in " ".join(prepared["worker_start_ray_commands"])
+
+
+def test_ec2_knows_every_key_of_the_aws_file() -> None:
+    """botocore's own check of a request, as it makes it before it sends one."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    model = botocore.session.get_session().get_service_model("ec2")
+    shape = model.operation_model("RunInstances").input_shape
+    for name, kind in yaml.safe_load(filled(CLUSTER / "aws/cluster.yaml"))["available_node_types"].items():
+        request = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
+        report = ParamValidator().validate(request, shape)
+        assert not report.has_errors(), f"{name}: {report.generate_report()}"
+        unknown = ParamValidator().validate({**request, "IamInstanceProfil": {}}, shape)
+        assert unknown.has_errors(), "a key that is misspelt would be seen"
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema in which keys that it does not name are errors."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        found.setdefault("additionalProperties", False)
+    if schema.get("x-kubernetes-int-or-string"):
+        found.pop("type", None)
+    return found
+
+
+@pytest.mark.parametrize(("file", "crd"), [("cluster.yaml", "rayclusters"), ("job.yaml", "rayjobs")])
+def test_kuberay_takes_the_manifest(file: str, crd: str) -> None:
+    path = CRDS / f"ray.io_{crd}.yaml"
+    if not path.exists():
+        pytest.skip(f"KubeRay's CRDs are not in {CRDS}: set KUBERAY_CRDS to a folder with {path.name}")
+    versions = {v["name"]: v for v in yaml.safe_load(path.read_text())["spec"]["versions"]}
+    schema = strict(versions["v1"]["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    manifest = yaml.safe_load(filled(CLUSTER / "kuberay" / file))
+    jsonschema.validate(manifest, schema)
+    cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    worker = cluster["workerGroupSpecs"][0]["template"]["spec"]
+    leave = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert int(leave[-1]) < worker["terminationGracePeriodSeconds"]
+    worker["containers"][0]["lifecycl"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="lifecycl"):
+        jsonschema.validate(manifest, schema)
+
+
+def test_both_kuberay_manifests_have_the_same_cluster() -> None:
+    cluster, job = (yaml.safe_load(filled(CLUSTER / "kuberay" / file)) for file in ("cluster.yaml", "job.yaml"))
+    assert job["spec"]["rayClusterSpec"] == cluster["spec"]
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", (CLUSTER / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", "")
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1].strip()) for line in text.splitlines() if line.strip()]
+
+
+def test_dockerfile_is_linted() -> None:
+    beside = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([beside, CLUSTER / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == ""
+    assert [value for name, value in instructions() if name == "USER"] == ["1000"]
+
+
+def test_dockerfiles_commands_install_what_a_job_needs(tmp_path: Path) -> None:
+    """Its COPY and pip instructions as a script, in a clean virtual environment; apt and the user are the image's."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    build, bin_folder = tmp_path / "build", tmp_path / "venv/bin"
+    build.mkdir()
+    script = ["set -eu", f"cd {build}"]
+    for name, value in instructions():
+        if name == "COPY":
+            *sources, target = value.split()
+            script.append(f"cp -r {' '.join(str(ROOT / source) for source in sources)} {target}")
+        elif name == "RUN" and value.startswith("pip "):
+            script.append(value)
+    assert sum("pip install" in line for line in script) == 2
+    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", "\n".join(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    env.pop("PYTHONPATH", None)
+    for command in (["ray", "--version"], ["python", "-m", "relora_ray.launch", "--help"]):
+        done = subprocess.run([bin_folder / command[0], *command[1:]], cwd=tmp_path, env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr[-2000:]
