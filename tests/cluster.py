@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,16 @@ class Head:
     """A head as `ray start` makes it, on free ports of loopback, with dashboard and jobs; `start` returns when jobs can
     be submitted. All its daemons, and machines that its autoscaler starts, are children of one process.
 
-    `autoscaling`: the autoscaler's config, as `ray start --autoscaling-config` takes it.
+    `autoscaling`: from its address to the autoscaler's config, as `ray start --autoscaling-config` takes it.
     """
 
-    def __init__(self, num_cpus: int, *, autoscaling: dict[str, Any] | None = None, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        num_cpus: int,
+        *,
+        autoscaling: Callable[[str], dict[str, Any]] | None = None,
+        env: dict[str, str] | None = None,
+    ):
         self._num_cpus, self._autoscaling = num_cpus, autoscaling
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: its sockets' paths have a limit
         here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs say `python`
@@ -102,7 +109,7 @@ class Head:
         ]  # fmt: skip
         if self._autoscaling is not None:
             config = self.folder / "autoscaling.json"
-            config.write_text(json.dumps(self._autoscaling))
+            config.write_text(json.dumps(self._autoscaling(self.address)))
             command.append(f"--autoscaling-config={config}")
         self.log = self.folder / "head.log"
         with open(self.log, "wb") as log:
