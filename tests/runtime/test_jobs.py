@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.daemons import Head, ray_command
 from relora_ray.checkpoint import list_manifests
 from relora_ray.metrics import read, read_all
 from relora_ray.storage import Storage
-from tests.cluster import Head, ray_command
 from tests.s3 import BUCKET, SECRET, Server
 from tests.tiny import TINY, losses, run, tiny_config
 
