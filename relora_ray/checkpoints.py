@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from functools import partial
 
 from relora_ray.checkpoint import Manifest, existing_step, list_manifests, plan_prune, read_manifest
-from relora_ray.checkpoint.manifest import Part, StoredObject, part_folders
+from relora_ray.checkpoint.manifest import Part, StoredObject, part_folders, pinned_steps
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config, to_yaml
@@ -43,11 +43,17 @@ def list_lines(run: Storage) -> Iterator[str]:
         base = manifest.base
         new = base is not None and base.folder not in seen
         seen |= {base.folder} if base else set()
-        base_text = size_text(base.size_bytes) if base and new else "the same" if base else "none"
+        base_text = _base_text(base, new)
         yield (
             f"{step:>10,}{manifest.tokens:>14,}{manifest.boundary:>10,}{manifest.world_size:>7}{base_text:>12}"
             f"{size_text(manifest.delta.size_bytes):>12}  {manifest.attempt}  {_time(manifest)}"
         )
+
+
+def _base_text(base: Part | None, new: bool) -> str:
+    if base is None:
+        return "none"
+    return "elsewhere" if base.run else size_text(base.size_bytes) if new else "the same"
 
 
 def show_lines(run: Storage, step: int | None) -> Iterator[str]:
@@ -63,12 +69,16 @@ def show_lines(run: Storage, step: int | None) -> Iterator[str]:
         if part is None:
             yield f"  {kind:<6} none: no weight is frozen"
             continue
-        yield f"  {kind:<6} {size_text(part.size_bytes):>9}  {len(part.objects)} objects in {part.folder}"
+        yield f"  {kind:<6} {size_text(part.size_bytes):>9}  {len(part.objects)} objects in {part.folder}{_whose(part)}"
         roles: dict[str, list[int]] = defaultdict(list)
         for name, entry in read_index(run, part).items():
             roles[_role(name)].append(_tensor_bytes(entry))
         for role, sizes in sorted(roles.items(), key=lambda item: -sum(item[1])):
             yield f"         {size_text(sum(sizes)):>9}  {role} ({len(sizes)} tensors)"
+
+
+def _whose(part: Part) -> str:
+    return f" of run {part.run}" if part.run else ""
 
 
 def verify(run: Storage, step: int | None) -> Iterator[tuple[int, str]]:
@@ -106,9 +116,14 @@ def prune(run: Storage, *, keep_last: int, keep_every_steps: int, dry_run: bool)
         except DamagedError as error:
             yield f"stays: {error}"
     dropped, unneeded = plan_prune(
-        manifests, part_folders(run), keep_last=keep_last, keep_every_steps=keep_every_steps, attempt="0000-none"
+        manifests,
+        part_folders(run),
+        keep_last=keep_last,
+        keep_every_steps=keep_every_steps,
+        attempt="0000-none",
+        pinned=pinned_steps(run),
     )
-    sizes = {part.folder: part.size_bytes for manifest in manifests for part in manifest.parts}
+    sizes = {part.folder: part.size_bytes for manifest in manifests for part in manifest.parts if not part.run}
     for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
         yield f"{'would remove' if dry_run else 'removes'} {path}" + (
             f" ({size_text(sizes[path])})" if path in sizes else ""
@@ -131,6 +146,8 @@ def copy(run: Storage, out: Storage, step: int | None) -> Manifest:
         out.put(path, run.get(path))
     for part in manifest.parts:
         in_flight(partial(_copy_object, run, out, part), part.objects)
+    own = {kind: part.model_copy(update={"run": ""}) for kind in ("base", "delta") if (part := getattr(manifest, kind))}
+    manifest = manifest.model_copy(update=own)
     out.put(CONFIG, to_yaml(cfg).encode())
     out.put(manifest.path, manifest.model_dump_json(indent=1).encode())  # last: it says that all is there
     return manifest

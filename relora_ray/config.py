@@ -345,6 +345,9 @@ class TrainConfig(Section):
     skip_steps: tuple[int, ...] = ()
     """Updates, from 0, that are not made: their rows are passed over and nothing else moves. Fixed for a run, as it
     decides the result."""
+    stop_after_steps: int | None = Field(None, gt=0)
+    """Store the state after so many updates and end there, in the middle of the run. With another value, or none, the
+    same run goes on. Default: `steps`."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row and the run has
     diverged. Schedule, boundaries and data do not shift."""
@@ -443,6 +446,7 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         problems = [
             *_token_problems(self),
+            *_stop_problems(self),
             *_skip_problems(self),
             *_compat_problems(self),
             *_batch_problems(self),
@@ -487,6 +491,11 @@ class RunConfig(Section):
         return (warm, *later) if warm else later
 
     @property
+    def last_step(self) -> int:
+        """Finished updates where this start of the run ends: `steps`, or `train.stop_after_steps`."""
+        return self.train.stop_after_steps or self.steps
+
+    @property
     def tokens_per_step(self) -> int:
         return self.global_batch_rows * self.data.seq_len
 
@@ -508,7 +517,7 @@ _OPERATIONAL = (
     "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
-    "train.compile", "train.divergence_", "train.max_rollbacks",
+    "train.compile", "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",
 )  # fmt: skip
 
 
@@ -538,6 +547,12 @@ def _token_problems(cfg: RunConfig) -> list[str]:
         + " or ".join(str(n) for n in (below, below + per_step) if n)
         + "."
     ]
+
+
+def _stop_problems(cfg: RunConfig) -> list[str]:
+    if (stop := cfg.train.stop_after_steps) is not None and stop > cfg.steps:
+        return [f"train.stop_after_steps={stop} is more than steps={cfg.steps}, the whole run. Lower it, or remove it."]
+    return []
 
 
 def _skip_problems(cfg: RunConfig) -> list[str]:

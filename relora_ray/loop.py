@@ -33,7 +33,7 @@ from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
 from relora_ray.rollback import Rollback, diverged, observe, read_rollbacks, roll_back, skipped
-from relora_ray.runs import check_visible, data_storage, export_model, new_model, open_data, run_storage
+from relora_ray.runs import MODEL, check_visible, data_storage, export_model, new_model, open_data, run_storage
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
 
@@ -98,7 +98,7 @@ def run_attempt(
         storage,
         cfg.checkpoint,
         world,
-        identity=_identity(cfg, data),
+        identity=identity_digest(cfg, data.fingerprint),
         data_fingerprint=data.fingerprint,
         tokens_per_step=cfg.tokens_per_step,
         committer=committer,
@@ -121,7 +121,7 @@ def run_attempt(
         train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, skip=skip, already_saved=saved)
         closed = True
         _emit_saved(emit, checkpointer.close())
-        if world.is_first:
+        if world.is_first and state.position.step == cfg.steps:
             _export_if_missing(cfg, method, state, storage)
         emit(
             {
@@ -152,7 +152,7 @@ def train(
     skip: frozenset[int],
     already_saved: bool,
 ) -> None:
-    """Updates `state.position.step` .. `cfg.steps - 1`, less those in `skip`, in place. Every rank."""
+    """Updates `state.position.step` .. `cfg.last_step - 1`, less those in `skip`, in place. Every rank."""
 
     def record_eval() -> None:
         emit(evaluate(cfg, world, state, data.validation))
@@ -165,7 +165,7 @@ def train(
             state.model,
             state.optimizer,
             frozen,
-            needed=wanted or state.position.step == cfg.steps,
+            needed=wanted or state.position.step == cfg.last_step,
             leaving=leaving,
             # So that a run that goes on from this checkpoint has the metrics of all steps before.
             commit_after=log.flush() if log is not None else None,
@@ -179,11 +179,11 @@ def train(
     if not already_saved:  # the start is a checkpoint like any other
         record_eval()
         save()
-    if state.position.step < cfg.steps:
+    if state.position.step < cfg.last_step:
         wrapped = _wrap(cfg, world, state, data)
     timer = StepTimer()
 
-    for step in range(state.position.step, cfg.steps):
+    for step in range(state.position.step, cfg.last_step):
         began = time.perf_counter()
         done = step + 1
         learning_rate = cfg.optimizer.learning_rate * lr_multiplier(step, cfg)
@@ -265,7 +265,7 @@ def resume(
         if back := [r for r in rollbacks if r.abandons(manifest)]:
             rejected.append((step, DivergedError(f"{back[0].why}: {back[0]}.")))
             continue
-        state = _build(cfg, method, world, step)
+        state = build_state(cfg, method, world, step)
         try:
             state.position = checkpointer.restore(
                 manifest, state.model, state.optimizer, method.frozen_names(state.model)
@@ -284,7 +284,7 @@ def resume(
             f"none of the {len(rejected)} checkpoints is whole; the newest: {rejected[0][1]} Nothing was changed. "
             f"Restore the files, or set another name to start again."
         )
-    state = _build(cfg, method, world, 0)
+    state = build_state(cfg, method, world, 0)
     world.assert_same(digest(list(state.model.state_dict().values())), "at the start")
     state.position = replace(state.position, counters=Counters(rollbacks=len(rollbacks)))
     return state, False
@@ -315,7 +315,7 @@ def open_batches(cfg: RunConfig, world: World) -> Data:
     return Data(source("train", micro), validation, index.fingerprint)
 
 
-def _build(cfg: RunConfig, method: Method, world: World, step: int) -> TrainState:
+def build_state(cfg: RunConfig, method: Method, world: World, step: int) -> TrainState:
     """Model and optimizer with the structure they have after `step` updates; tensors are yet to be restored."""
     model = new_model(cfg) if step == 0 else build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
     method.adapt(model, step)
@@ -323,13 +323,13 @@ def _build(cfg: RunConfig, method: Method, world: World, step: int) -> TrainStat
     return TrainState(model, method.build_optimizer(model), Position(step=step))
 
 
-def _identity(cfg: RunConfig, data: Data) -> str:
+def identity_digest(cfg: RunConfig, data_fingerprint: str) -> str:
     """Digest of all that decides the run's result: a checkpoint of another run is not gone on from.
 
     Settings at their defaults are left out, so that a version with one more setting still knows its own runs.
     """
     given = flatten(cfg.model_dump(mode="json", exclude_defaults=True)).keys() | {"method.kind"}
-    settings = {k: v for k, v in cfg.identity().items() if k in given} | {"data.fingerprint": data.fingerprint}
+    settings = {k: v for k, v in cfg.identity().items() if k in given} | {"data.fingerprint": data_fingerprint}
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -452,11 +452,11 @@ def _cross_boundary(
 
 def _eval_due(cfg: RunConfig, done: int) -> bool:
     every = cfg.train.eval_every_steps
-    return done in (cfg.warm_start_steps, cfg.steps) or bool(every and done % every == 0)
+    return done in (cfg.warm_start_steps, cfg.last_step) or bool(every and done % every == 0)
 
 
 def _save_due(cfg: RunConfig, method: Method, done: int) -> bool:
-    return done == cfg.steps or done % cfg.checkpoint.save_every_steps == 0 or method.is_boundary(done)
+    return done == cfg.last_step or done % cfg.checkpoint.save_every_steps == 0 or method.is_boundary(done)
 
 
 def _emit_saved(emit: OnRecord, results: list[Saved]) -> None:
@@ -479,7 +479,7 @@ def _emit_saved(emit: OnRecord, results: list[Saved]) -> None:
 
 
 def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storage: Storage) -> None:
-    out = storage.child("model")
+    out = storage.child(MODEL)
     if not out.exists("config.json"):
         export_model(storage, cfg, method.dense_state_dict(state.model), out)
 
@@ -502,7 +502,7 @@ def _train_record(
         "tokens": done * cfg.tokens_per_step,
         "tokens_per_s": cfg.tokens_per_step / timer.step_s,
         "step_s": timer.step_s,
-        "left_s": (cfg.steps - done) * timer.step_s,
+        "left_s": (cfg.last_step - done) * timer.step_s,
         "cycle": state.position.counters.merges,
         "skipped_steps": state.position.counters.skipped_steps,
     }

@@ -42,7 +42,7 @@ class Progress:
         )
 
     def _on_train(self, e: dict[str, Any]) -> None:
-        due = e["step"] % self._cfg.train.log_every_steps == 0 or e["step"] == self._cfg.steps
+        due = e["step"] % self._cfg.train.log_every_steps == 0 or e["step"] == self._cfg.last_step
         text = (
             f"step {e['step']:>{len(str(self._cfg.steps))}}/{self._cfg.steps}  loss {_number(e['loss'])}  "
             f"lr {e['learning_rate']:.2e}  {_rate(e['tokens_per_s'])} tokens/s  {self._cycle(e)}  "

@@ -5,12 +5,13 @@ python -m relora_ray.report RUN
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from relora_ray import metrics
 from relora_ray.config import RunConfig
 from relora_ray.metrics import size_text
-from relora_ray.runs import print_about, read_config
+from relora_ray.runs import FORK, MODEL, print_about, read_config
 from relora_ray.storage import Storage
 
 
@@ -24,6 +25,9 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
     records = metrics.read_kinds(storage)
     evals = metrics.latest(records["eval"])
     yield f"run {cfg.name} ({cfg.method.kind}), {storage.url}"
+    if storage.exists(FORK):
+        origin = json.loads(storage.get(FORK))
+        yield f"  forked    from {origin['parent']} after step {origin['step']:,}"
     if evals:
         yield "  held-out text           loss    perplexity"
     for record in evals:
@@ -47,8 +51,8 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
         )
     attempts = records["attempt"]
     yield f"  attempts  {len(attempts)}, world size {', '.join(str(a['world_size']) for a in attempts[-8:])}"
-    if storage.exists("model/config.json"):
-        yield f"  model     {storage.url}/model (plain Hugging Face folder)"
+    if storage.exists(f"{MODEL}/config.json"):
+        yield f"  model     {storage.url}/{MODEL} (plain Hugging Face folder)"
 
 
 def _note(cfg: RunConfig, step: int) -> str:

@@ -40,6 +40,9 @@ from relora_ray.storage import Options, Storage, add_options_argument, parse_opt
 
 CONFIG = "config.yaml"
 DATA = "data.json"
+MODEL = "model"
+FORK = "fork.json"
+"""Of a fork: from which run, and after which step."""
 
 
 def run_storage(cfg: RunConfig) -> Storage:
@@ -124,6 +127,12 @@ def _copy_tokenizer(cfg: RunConfig, run: Storage) -> None:
     for path in data.list("tokenizer"):
         run.put(path, data.get(path))
     run.put(DATA, data.get("index.json"))
+
+
+def is_finished(cfg: RunConfig, storage: Storage) -> bool:
+    """Whether all that a start with this config has to do is done and stored."""
+    stored = max(list_manifests(storage), default=-1)
+    return stored >= cfg.last_step and (stored < cfg.steps or storage.exists(f"{MODEL}/config.json"))
 
 
 def check_visible(cfg: RunConfig) -> None:

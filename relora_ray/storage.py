@@ -73,12 +73,19 @@ class Storage:
 
     def child(self, path: str) -> Storage:
         """The same storage below `path`, on the same connections."""
-        child = Storage.__new__(Storage)
-        child.__dict__.update(self.__dict__)
-        child.url = f"{self.url}/{path}"
+        return self._moved(lambda here: f"{here}/{path}")
+
+    def sibling(self, name: str) -> Storage:
+        """The folder `name` beside this one, on the same connections."""
+        return self._moved(lambda here: f"{here.rpartition('/')[0]}/{name}")
+
+    def _moved(self, place: Callable[[str], str]) -> Storage:
+        other = Storage.__new__(Storage)
+        other.__dict__.update(self.__dict__)
+        other.url = place(self.url)
         if not self.is_local:
-            child._root = f"{self._root}/{path}"
-        return child
+            other._root = place(self._root)
+        return other
 
     def put(self, path: str, data: bytes) -> None:
         """Write a whole object, replacing any other."""

@@ -6,6 +6,7 @@ from relora_ray.checkpoint.manifest import (
     Manifest,
     existing_step,
     list_manifests,
+    pin,
     plan_prune,
     read_manifest,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Share",
     "existing_step",
     "list_manifests",
+    "pin",
     "plan_prune",
     "read_manifest",
     "restore_model",

@@ -13,7 +13,7 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -158,6 +158,34 @@ class Checkpointer:
                 raise DamagedError(
                     f"{part.folder} of {manifest.path} restored to another digest than it was saved with."
                 )
+        self._newest = manifest
+        return Position(manifest.step, manifest.boundary, manifest.counters)
+
+    def take_over(
+        self,
+        manifest: Manifest,
+        run: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        frozen: set[str],
+        fresh: Collection[str],
+    ) -> Position:
+        """Begin this run with another's checkpoint at a boundary (one process): copy all of it into `model` and
+        `optimizer` but the parameters named in `fresh` and their moments, which are left as they are.
+
+        The base is not copied when this is saved: the manifest names the one of `run`, which lies beside this run.
+        DamagedError if it is not whole, CheckpointError if it does not fit.
+        """
+        source = self._storage.sibling(run)
+        left = {f"model.{name}" for name in fresh} | {f"optimizer.{n}.{key}" for n in fresh for key in STATE_NAMES}
+        for part, tensors in zip((manifest.base, manifest.delta), split_state(model, optimizer, frozen), strict=True):
+            if part is not None:
+                index = {name: entry for name, entry in read_index(source, part).items() if name not in left}
+                wanted = {name: tensor for name, tensor in tensors.items() if name not in left}
+                _load_part(source, part, index, wanted, no_dist=True)
+        if manifest.base is not None:
+            base = manifest.base.model_copy(update={"run": manifest.base.run or run})
+            manifest = manifest.model_copy(update={"base": base})
         self._newest = manifest
         return Position(manifest.step, manifest.boundary, manifest.counters)
 

@@ -23,6 +23,7 @@ from relora_ray.checkpoint.manifest import (
     attempt_number,
     list_manifests,
     part_folders,
+    pinned_steps,
     plan_prune,
     read_manifest,
 )
@@ -163,6 +164,7 @@ class Commits:
             keep_last=keep_last,
             keep_every_steps=self._cfg.keep_every_steps,
             attempt=attempt,
+            pinned=pinned_steps(self._storage),
         )
         return [m.path for m in dropped] + unneeded  # manifests first: none ever names what is gone
 

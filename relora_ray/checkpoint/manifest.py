@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError
 from relora_ray.storage import Storage
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+PINS = "forks"
+"""`forks/<run>.json` in a run's folder: a run that was forked from it, and from which step."""
 _PART = re.compile(r"/step-\d{8,}-\d{4,}-[0-9a-f]+$")
 _NAME = re.compile(r"manifests/step-(\d{8,})\.json")
 
@@ -37,6 +40,8 @@ class Part(_Record):
 
     folder: str
     """Relative to the run, such as delta/step-00012500-0003-1f2e3d4c."""
+    run: str = ""
+    """Of a fork: the run beside this one that has the folder. Empty: this run."""
     objects: tuple[StoredObject, ...]
     digest: int
     """Of its tensors, those that are all zero and not stored included: equal states have equal digests."""
@@ -108,6 +113,16 @@ def existing_step(storage: Storage, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
+def pin(storage: Storage, run: str, step: int) -> None:
+    """Keep the checkpoint at `step` from being pruned, for the sake of another run, as long as this run exists."""
+    storage.put(f"{PINS}/{run}.json", json.dumps({"step": step}).encode())
+
+
+def pinned_steps(storage: Storage) -> set[int]:
+    """Steps that runs have been forked from."""
+    return {json.loads(storage.get(path))["step"] for path in storage.list(PINS)}
+
+
 def part_folders(storage: Storage) -> set[str]:
     """Folders of all bases and deltas that are there, whether a manifest names them or not, whole or not."""
     paths = [path for kind in ("base", "delta") for path in storage.list(kind, unfinished=True)]
@@ -126,9 +141,10 @@ def _parse(storage: Storage, step: int) -> Manifest:
     path = manifest_path(step)
     try:
         raw = json.loads(storage.get(path))
-        if raw["format"] != FORMAT:
+        if raw["format"] not in READABLE:
+            known = " and ".join(map(str, READABLE))
             raise ConfigError(
-                f"{storage.url}/{path} has format {raw['format']}; this version reads {FORMAT}. Use the version that "
+                f"{storage.url}/{path} has format {raw['format']}; this version reads {known}. Use the version that "
                 f"wrote it ({raw.get('versions', {}).get('relora_ray', 'unknown')})."
             )
         if raw["step"] != step:
@@ -146,23 +162,24 @@ def plan_prune(
     keep_last: int,
     keep_every_steps: int,
     attempt: str,
+    pinned: Collection[int] = (),
 ) -> tuple[list[Manifest], list[str]]:
     """Which manifests and part folders may be deleted: a pure function.
 
-    Kept are the newest `keep_last` manifests, those at multiples of `keep_every_steps`, and every folder that a kept
-    manifest names. Where a run that diverges would go back to is kept too: the newest manifest without a sign of that,
-    and that of the boundary before it. Folders that no manifest names go only if they are of an attempt before
-    `attempt`, left behind by a crash: those of this one or a later one may be under way.
+    Kept are the newest `keep_last` manifests, those at multiples of `keep_every_steps` and at `pinned` steps, and every
+    folder that a kept manifest names. Where a run that diverges would go back to is kept too: the newest manifest
+    without a sign of that, and that of the boundary before it. Folders that no manifest names go only if they are of an
+    attempt before `attempt`, left behind by a crash: those of this one or a later one may be under way.
     """
     ordered = sorted(manifests, key=lambda m: m.step)
-    newest = {m.step for m in ordered[-keep_last:]}
+    newest = {m.step for m in ordered[-keep_last:]} | set(pinned)
     sound = next((m for m in reversed(ordered) if not m.counters.signs_of_divergence), None)
     if sound is not None:
         newest |= {sound.step, sound.boundary or sound.step}
     kept = [m for m in ordered if m.step in newest or (keep_every_steps and m.step % keep_every_steps == 0)]
     dropped = [m for m in ordered if m not in kept]
     needed = {part.folder for m in kept for part in m.parts}
-    released = {part.folder for m in dropped for part in m.parts}
+    released = {part.folder for m in dropped for part in m.parts if not part.run}
     unneeded = [
         f
         for f in sorted(folders)

@@ -205,6 +205,7 @@ def read_checked(storage: Storage, part: Part, recorded: StoredObject) -> bytes:
 
     Bytes that are wrong are read once more: they may have been spoilt on the way.
     """
+    storage = storage.sibling(part.run) if part.run else storage
     path = f"{part.folder}/{recorded.path}"
     for _ in range(2):
         try:

@@ -52,6 +52,10 @@ class Method(ABC):
     def frozen_names(self, model: nn.Module) -> set[str]:
         """Names of the state-dict entries that change only at boundaries: a checkpoint's base."""
 
+    def fresh_names(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that a boundary draws anew, and that a fork may have in another shape."""
+        return set()
+
     @abstractmethod
     def is_boundary(self, step: int) -> bool:
         """Whether a boundary follows update `step - 1`. Pure."""

@@ -8,6 +8,7 @@ from torch import nn
 from relora_ray.config import LoraConfig, RunConfig
 from relora_ray.methods.base import BoundaryReport, Method
 from relora_ray.methods.lowrank import (
+    adapter_parameters,
     folded_state_dict,
     frozen_names,
     low_rank_layers,
@@ -36,6 +37,9 @@ class Lora(Method):
 
     def frozen_names(self, model: nn.Module) -> set[str]:
         return frozen_names(model)
+
+    def fresh_names(self, model: nn.Module) -> set[str]:
+        return {name for name, _ in adapter_parameters(model)}
 
     def is_boundary(self, step: int) -> bool:
         return step > 0 and step == self.lora.warm_start_steps

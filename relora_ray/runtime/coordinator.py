@@ -25,11 +25,11 @@ import ray
 
 from relora_ray.checkpoint import Commits, Manifest, Outcome, Share
 from relora_ray.checkpoint.checkpointer import LAST_WORDS_S
-from relora_ray.checkpoint.manifest import attempt_number, list_manifests
+from relora_ray.checkpoint.manifest import attempt_number
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ReloraError, RolledBackError
 from relora_ray.parallel import disagreement
-from relora_ray.runs import run_storage
+from relora_ray.runs import is_finished, run_storage
 from relora_ray.runtime.messages import Arrival, Cause, Event, Member, Orders, Start, log_event
 
 MAX_EVENTS = 100_000
@@ -56,7 +56,7 @@ class Coordinator:
         self._group, self._past_groups = "", {""}
         self._gathering = _Gathering()
         self._attempt: _Attempt | None = None
-        self._steps, self._ended = cfg.steps, 0
+        self._cfg, self._ended = cfg, 0
         self._adopted: Start | None = None
         self._began, self._told = False, asyncio.Event()
         """Whether this actor has begun an attempt, or was told of one that an actor before it began."""
@@ -162,7 +162,7 @@ class Coordinator:
             self._fatal = self._fatal or message
 
     def _is_finished(self) -> bool:
-        return self._steps in list_manifests(self._storage) and self._storage.exists("model/config.json")
+        return is_finished(self._cfg, self._storage)
 
     def fatal(self) -> str:
         return self._fatal

@@ -117,9 +117,9 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
             raise KeyboardInterrupt from error
     if fatal := ray.get(coordinator.fatal.remote()):
         raise RunFailedError(fatal)
-    if cfg.steps not in list_manifests(run_storage(cfg)):
+    if max(list_manifests(run_storage(cfg)), default=-1) < cfg.last_step:
         raise RunFailedError(
-            f"the workers ended before step {cfg.steps} was stored. Run the same command again to continue."
+            f"the workers ended before step {cfg.last_step} was stored. Run the same command again to continue."
         )
 
 

@@ -1,0 +1,107 @@
+"""Begin a run with what another has learned: from a checkpoint of it at a boundary, by reference.
+
+Right after a boundary adapters are drawn anew and B is zero: the function lies in the frozen weights, the embeddings,
+norms and head. A fork takes these over, with the moments that they have, and draws adapters as its own config says: of
+another rank, for another cycle, under another learning rate. Its first checkpoint names the parent's base instead of
+copying it, and the parent keeps the checkpoint that it was forked from.
+
+A fork from the end of a warm start is, bit for bit, the run that would have trained the warm start itself, if its
+config gives the warm start's updates the same rows and learning rates: `warm_start_digest` tells.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+
+from relora_ray.checkpoint import Checkpointer, existing_step, list_manifests, pin, read_manifest
+from relora_ray.config import RunConfig
+from relora_ray.errors import CheckpointError, ConfigError
+from relora_ray.loop import build_state, identity_digest
+from relora_ray.methods import build_method
+from relora_ray.parallel import World
+from relora_ray.runs import FORK, claim, read_config, run_storage
+from relora_ray.schedule import lr_multiplier
+
+MAY_DIFFER = (
+    "steps", "method.lora_rank", "method.alpha", "method.rslora", "method.dropout", "method.warm_start_lr_ratio",
+    "method.merge_every_steps", "method.reset.", "optimizer.", "schedule.", "train.skip_steps",
+)  # fmt: skip
+"""Keys of a config in which a fork may differ from its parent: what was trained is taken as it is, all else is as if
+the run had been its own."""
+
+
+def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:
+    """Make the first checkpoint of the run `cfg`, after `step` updates, from that of the run `parent` beside it.
+
+    Returns the config as it will run. Does nothing if the run has a checkpoint. ConfigError if the two do not fit,
+    CheckpointError or DamagedError if the parent's checkpoint is not there or not whole. One process, on the CPU.
+    """
+    cfg = claim(cfg)
+    storage = run_storage(cfg)
+    if list_manifests(storage):
+        return cfg
+    source, method = storage.sibling(parent), build_method(cfg)
+    known = read_config(source)
+    _refuse_if_unfit(cfg, known, parent, step)
+    existing_step(source, step)
+    pin(source, cfg.name, step)  # before it is read, so that the parent's own pruning leaves it
+    manifest = read_manifest(source, step)
+    checkpointer = Checkpointer(
+        storage,
+        cfg.checkpoint,
+        World(),
+        identity=identity_digest(cfg, cfg.data.fingerprint),
+        data_fingerprint=cfg.data.fingerprint,
+        tokens_per_step=cfg.tokens_per_step,
+    )
+    try:
+        state = build_state(cfg, method, World(), step)
+        frozen, fresh = method.frozen_names(state.model), method.fresh_names(state.model)
+        position = checkpointer.take_over(manifest, parent, state.model, state.optimizer, frozen, fresh)
+        storage.put(FORK, json.dumps({"parent": parent, "step": step}).encode())
+        checkpointer.save(position, state.model, state.optimizer, frozen, needed=True)
+        checkpointer.close()
+    except BaseException:
+        checkpointer.close(failed=True)
+        raise
+    if step not in list_manifests(source):
+        raise CheckpointError(
+            f"{source.url} removed its checkpoint at step {step} while {storage.url} was forked from it. Delete "
+            f"{storage.url} and fork it from another."
+        )
+    return cfg
+
+
+def warm_start_digest(cfg: RunConfig) -> str:
+    """Of all that decides the state at the end of the warm start, less the adapters: runs with one digest can share it.
+    Empty without a warm start."""
+    if not cfg.warm_start_steps:
+        return ""
+    decisive = {k: v for k, v in cfg.identity().items() if not k.startswith(MAY_DIFFER)}
+    decisive |= {k: v for k, v in cfg.identity().items() if k.startswith("optimizer.")}
+    decisive["skip"] = [step for step in cfg.train.skip_steps if step < cfg.warm_start_steps]
+    decisive["multipliers"] = [lr_multiplier(step, cfg) for step in range(cfg.warm_start_steps)]
+    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _refuse_if_unfit(cfg: RunConfig, parent: RunConfig, name: str, step: int) -> None:
+    ours, theirs = cfg.identity(), parent.identity()
+    differing = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and not key.startswith(MAY_DIFFER)
+    ]
+    if differing:
+        lines = "\n".join(f"  {key}: {theirs.get(key)!r} in {name}, {ours.get(key)!r} here" for key in differing)
+        raise ConfigError(f"{cfg.name} cannot be forked from {name}, because these keys differ:\n{lines}")
+    for who, its in ((cfg.name, cfg), (name, parent)):
+        if not build_method(its).is_boundary(step):
+            raise ConfigError(
+                f"{cfg.name} cannot be forked from {name} at step {step}: {who} has no boundary there. Boundaries are "
+                f"the end of the warm start ({its.warm_start_steps}) and of every cycle ({_ends(its)})."
+            )
+
+
+def _ends(cfg: RunConfig) -> str:
+    return ", ".join(map(str, cfg.merges[:8])) + (", ..." if len(cfg.merges) > 8 else "") or "there is none"
