@@ -23,15 +23,24 @@ _CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The validated config in `path` with `key=value` overrides applied. Raises ConfigError."""
+    return parse_config(read_text(path), overrides, source=str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Raises ConfigError."""
     try:
-        text = Path(path).read_text()
+        return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}. Give a YAML file.") from error
-    return parse_config(text, overrides, source=str(path))
 
 
 def parse_config(text: str, overrides: list[str] | None = None, *, source: str = "config") -> RunConfig:
+    return check(parse_mapping(text, overrides, source=source))
+
+
+def parse_mapping(text: str, overrides: list[str] | None = None, *, source: str = "config") -> dict[str, Any]:
+    """The YAML with overrides applied, not yet checked. ConfigError if it is none."""
     try:
         raw = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -43,7 +52,11 @@ def parse_config(text: str, overrides: list[str] | None = None, *, source: str =
     for item in overrides or []:
         _apply_override(raw, item)
     # A section whose lines are all commented out is null in YAML: it has its defaults.
-    raw = {str(name): value for name, value in raw.items() if value is not None}
+    return {str(name): value for name, value in raw.items() if value is not None}
+
+
+def check(raw: dict[str, Any]) -> RunConfig:
+    """The config that a mapping means. ConfigError lists all that is wrong with it."""
     lines = _scalar_problems(raw)
     try:
         cfg = RunConfig.model_validate(raw)

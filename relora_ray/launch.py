@@ -16,7 +16,8 @@ import sys
 from relora_ray.config import RunConfig
 from relora_ray.config_file import load_config
 from relora_ray.errors import ReloraError, RunBusyError, StoppedError
-from relora_ray.progress import Progress
+from relora_ray.progress import Progress, SweepProgress
+from relora_ray.sweep.space import is_sweep, load_sweep
 
 
 def main() -> int:
@@ -28,6 +29,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="check config, storage, data and machines, and end")
     args = parser.parse_intermixed_args()
     try:
+        if is_sweep(args.config):
+            return _sweep(args.config, args.overrides, dry_run=args.dry_run)
         cfg = load_config(args.config, args.overrides)
         # Imported only now: a bad config should not have to wait for torch and Ray.
         from relora_ray.report import summary
@@ -54,6 +57,25 @@ def main() -> int:
     progress.close()
     print(summary(run_storage(cfg)))
     return 0
+
+
+def _sweep(path: str, overrides: list[str], *, dry_run: bool) -> int:
+    """Train a sweep and write it up. Raises ReloraError."""
+    sweep = load_sweep(path, overrides)
+    print("\n".join(sweep.plan()), flush=True)
+    from relora_ray.plots import pyplot
+    from relora_ray.runtime.sweep import check_sweep, run_sweep
+    from relora_ray.sweep.report import page, write_up
+
+    pyplot()  # before anything is spent
+    sweep, folder = check_sweep(sweep)
+    if dry_run:
+        return 0
+    points = run_sweep(sweep, on_event=SweepProgress(sweep, sys.stdout))
+    write_up(sweep, points, folder)
+    print("\n".join(page(sweep, points, [])))
+    print(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")
+    return 1 if any(point.state == "failed" for point in points) else 0
 
 
 def _dry_run(cfg: RunConfig) -> int:

@@ -128,6 +128,7 @@ def run_attempt(
                 "kind": "end",
                 "step": state.position.step,
                 "skipped_steps": state.position.counters.skipped_steps,
+                "peak_memory_bytes": world.peak_memory_bytes(),
             }
         )
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -45,6 +46,12 @@ class World:
     def device_name(self) -> str:
         """Such as "NVIDIA H100 80GB HBM3"; "cpu" without a GPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def peak_memory_bytes(self) -> int:
+        """The most that this process has held: of the GPU's memory if it has one, or else of the machine's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def wrap(self, model: nn.Module, warm_up: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
         """`model` under DDP (every rank, at the same step); itself in a world of one.

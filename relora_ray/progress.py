@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 from bisect import bisect_left
 from typing import Any, TextIO
 
 from relora_ray.config import RunConfig
+from relora_ray.sweep.space import Sweep, text
 
 
 class Progress:
@@ -98,6 +101,47 @@ class Progress:
     def _on_log(self, e: dict[str, Any]) -> None:
         where = e["rank"] if isinstance(e["rank"], str) else f"rank {e['rank']}"
         self._print(f"-- {e['level'].lower()} ({where}): {e['message']}")
+
+
+class SweepProgress:
+    """A sweep's events as lines: those of its runs behind their names, and what points come to."""
+
+    def __init__(self, sweep: Sweep, out: TextIO) -> None:
+        self._sweep, self._out = sweep, out
+        self._runs: dict[str, Progress] = {}
+
+    def __call__(self, run: str, event: dict[str, Any]) -> None:
+        if not run:
+            self._on_point(event)
+        elif event["kind"] == "begin":
+            cfg = self._sweep.config(event["number"], event["settings"], event["seed"])
+            self._runs[run] = Progress(cfg, _Behind(f"  {run} | ", self._out))
+        elif run in self._runs:
+            self._runs[run](event)
+
+    def _on_point(self, record: dict[str, Any]) -> None:
+        from relora_ray.sweep.results import point_from_json  # torch's import must not hold up a bad config's refusal
+
+        point = point_from_json(json.dumps(record).encode())
+        said = point.why
+        if point.losses and not said:
+            said = f"loss {point.loss():.4f} after {point.last_rung:,} updates"
+        self._out.write(f"point {point.number} ({text(point.settings)}) {point.state}: {said}\n")
+        self._out.flush()
+
+
+class _Behind(io.StringIO):
+    """Writes whole lines to another stream, each behind a prefix."""
+
+    def __init__(self, prefix: str, out: TextIO) -> None:
+        super().__init__()
+        self._prefix, self._out = prefix, out
+
+    def write(self, lines: str) -> int:
+        return self._out.write("".join(f"{self._prefix}{line}" for line in lines.splitlines(keepends=True)))
+
+    def flush(self) -> None:
+        self._out.flush()
 
 
 def _number(loss: float | None) -> str:

@@ -19,7 +19,7 @@ RANKS = {
     "config": 1, "storage": 1, "data.order": 1,
     "schedule": 2, "config_file": 2, "plots": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2, "metrics": 2,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
-    "runs": 4, "rollback": 4, "loop": 5, "fork": 6,
+    "runs": 4, "rollback": 4, "loop": 5, "fork": 6, "sweep": 5,
     "runtime": 7,
     "ablations": 8, "spectrum": 8, "conformance": 8,
     "progress": 8, "launch": 8, "report": 8, "status": 8, "export": 8, "checkpoints": 8,

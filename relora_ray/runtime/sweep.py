@@ -1,0 +1,347 @@
+"""Train a sweep's points: Ray Tune runs them, each is runs like any other, and their records are in storage.
+
+Tune's own state is not kept. At every start Tune is asked anew, and a point that has a record answers from it: nothing
+is trained twice, a run that was interrupted goes on from its newest checkpoint, and a decision once taken stands.
+
+A point's trial is a process on the head's machine that takes no CPU of its own, so that it never holds what its workers
+need; no more trials run at a time than the config says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.util.queue import Empty, Queue
+
+from relora_ray.checkpoint import list_manifests
+from relora_ray.config import RunConfig
+from relora_ray.errors import ConfigError, ReloraError, RunBusyError, RunFailedError
+from relora_ray.fork import fork, warm_start_digest
+from relora_ray.runs import claim, read_config, run_storage
+from relora_ray.runtime import driver
+from relora_ray.runtime.lease import only_driver
+from relora_ray.storage import Storage
+from relora_ray.sweep.results import Point, held_out_loss, measured, put_point, read_point, read_points
+from relora_ray.sweep.space import Sweep
+from relora_ray.sweep.tpe import import_optuna, suggest
+
+logger = logging.getLogger(__name__)
+
+SWEEP = "sweep.yaml"
+BUSY_S = 2.0
+"""Between two looks at a warm start that another trial is training."""
+HEAD = {"CPU": 0.0, "node:__internal_head__": 0.001}
+"""What a trial takes itself: a place on the head's machine, which is no spot machine."""
+HAND_ON = ("attempt", "train", "eval", "restart", "log")
+"""Kinds of a run's events that the sweep's console shows."""
+
+Told = Callable[[str, dict[str, Any]], None]
+"""Called with a run's name and its event, or "" and a point's record."""
+
+
+def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
+    """See what can be seen without Ray, as `driver.preflight` does for a run. Returns the sweep with absolute paths, as
+    trials run in folders of their own, and its folder. Raises ReloraError."""
+    if sweep.spec.search == "tpe":
+        import_optuna()
+    first = driver.preflight(_first_run(sweep), dry_run=True)
+    base = sweep.base | {
+        "storage": first.storage.rpartition("/")[0],
+        "data": sweep.base["data"] | {"path": first.data.path, "fingerprint": first.data.fingerprint},
+        "model": sweep.base["model"] | {n: v for n in ("huggingface", "init_from") if (v := getattr(first.model, n))},
+    }
+    return dataclasses.replace(sweep, base=base), sweep_storage(first)
+
+
+def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
+    """Train all points of a checked sweep that are not trained yet; all records, by number. Raises ReloraError."""
+    first = _first_run(sweep)
+    folder = sweep_storage(first)
+    workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
+    with only_driver(folder), driver.connected(first.model_copy(update={"cluster": workers})):
+        began = _claim(folder, sweep, first)
+        points = {point.number: point for point in read_points(folder)}
+        shared = _claim_warm_starts(sweep)
+        with _listening(on_event) as queue:
+            _tune(sweep, folder, points, began, _Trainer(sweep, shared, queue))
+    return read_points(folder)
+
+
+def sweep_storage(run: RunConfig) -> Storage:
+    """The sweep's folder, from any of its runs' configs."""
+    return Storage(run.storage, run.storage_options, retry_s=run.storage_retry_s)
+
+
+def _first_run(sweep: Sweep) -> RunConfig:
+    return sweep.config(0, sweep.possible_points[0], sweep.spec.seeds[0])
+
+
+_OPERATIONAL = ("trials", "concurrent", "max_tokens", "max_hours", "max_gpu_hours")
+
+
+def _claim(folder: Storage, sweep: Sweep, first: RunConfig) -> float:
+    """Tie the folder to this sweep; when it first began, in Unix time. ConfigError if the folder is another's."""
+    mine = {
+        "sweep": sweep.spec.model_dump(mode="json", exclude=set(_OPERATIONAL)),
+        "identity": {k: v for k, v in first.identity().items() if k not in sweep.spec.space},
+    }
+    mine = json.loads(json.dumps(mine))
+    if not folder.exists(SWEEP):
+        folder.put(SWEEP, yaml.safe_dump(mine | {"began": time.time()}, sort_keys=False).encode())
+    known = yaml.safe_load(folder.get(SWEEP))
+    began: float = known.pop("began")
+    if known != mine:
+        raise ConfigError(
+            f"{folder.url} holds another sweep than this config: {SWEEP} there says which. Only settings that decide "
+            f"no result may change. Set another name to start a new sweep."
+        )
+    return began
+
+
+def _claim_warm_starts(sweep: Sweep) -> set[str]:
+    """Digests of the warm starts that several points share; each has its run's folder after this, so that trials that
+    begin at the same time agree on its config."""
+    if not sweep.spec.share_warm_start:
+        return set()
+    count: Counter[str] = Counter()
+    claimed = set()
+    for settings in sweep.possible_points:
+        for seed in sweep.spec.seeds:
+            cfg = sweep.config(0, settings, seed)
+            digest = warm_start_digest(cfg)
+            count[digest] += 1
+            if digest and count[digest] == 2:
+                warm = _warm_config(cfg, digest)
+                if not list_manifests(run_storage(warm)):
+                    claim(warm)
+                claimed.add(digest)
+    return claimed
+
+
+def _warm_config(cfg: RunConfig, digest: str) -> RunConfig:
+    """Of the run that trains the warm start of `cfg`, and ends there."""
+    train = cfg.train.model_copy(update={"stop_after_steps": cfg.warm_start_steps})
+    warm = cfg.model_copy(update={"name": f"warm-{digest}", "train": train})
+    storage = run_storage(warm)
+    if not storage.exists("config.yaml"):
+        return warm
+    known = read_config(storage)  # another point's: all that the warm start depends on is the same
+    return known.model_copy(update={name: getattr(warm, name) for name in ("train", "cluster", "checkpoint", "data")})
+
+
+class _Trainer:
+    """What a trial's process does."""
+
+    def __init__(self, sweep: Sweep, shared: set[str], queue: Queue) -> None:
+        self._sweep, self._shared, self._queue = sweep, shared, queue
+
+    def train(self, point: Point) -> Iterator[tuple[int, Point]]:
+        """Bring a point from rung to rung: yields the rung's number and the record, which is stored. What it has come
+        to before is given from the record."""
+        sweep = self._sweep
+        folder = sweep_storage(sweep.config(point.number, point.settings, sweep.spec.seeds[0]))
+        state = point.state
+        for rung, step in sweep.stops:
+            if step in point.losses:
+                yield rung, point
+                continue
+            if state in ("halved", "diverged"):
+                return
+            try:
+                losses = {seed: self._train_run(point, seed, step) for seed in sweep.spec.seeds}
+            except ReloraError as error:
+                diverged = "NonFiniteError" in str(error) or "DivergedError" in str(error)
+                point.state, point.why = "diverged" if diverged else "failed", str(error)
+                self._record(folder, point)
+                return
+            point.losses[step] = losses
+            point.state = "done" if step == sweep.stops[-1][1] else "begun"
+            self._record(folder, point)
+            yield rung, point
+
+    def _train_run(self, point: Point, seed: int, step: int) -> float:
+        """One run up to `step`; its held-out loss there."""
+        cfg = self._sweep.config(point.number, point.settings, seed)
+        digest = warm_start_digest(cfg)
+        if digest in self._shared and not list_manifests(run_storage(cfg)):
+            warm = _warm_config(cfg, digest)
+            self._train_warm_start(warm, point)
+            fork(cfg, warm.name, cfg.warm_start_steps)
+        stop = None if step == cfg.steps else step
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"stop_after_steps": stop})})
+        cfg = driver.preflight(cfg)
+        self._say_begin(cfg, point)
+        driver.run(cfg, on_event=self._teller(cfg))
+        storage = run_storage(cfg)
+        point.runs[seed] = measured(cfg, storage)
+        return held_out_loss(storage, step)
+
+    def _train_warm_start(self, warm: RunConfig, point: Point) -> None:
+        self._say_begin(warm, point)
+        while warm.warm_start_steps not in list_manifests(run_storage(warm)):
+            try:
+                driver.run(driver.preflight(warm), on_event=self._teller(warm))
+            except RunBusyError:
+                time.sleep(BUSY_S)
+
+    def _say_begin(self, cfg: RunConfig, point: Point) -> None:
+        event = {"kind": "begin", "number": point.number, "settings": point.settings, "seed": cfg.seed}
+        self._queue.put((cfg.name, event))
+
+    def _teller(self, cfg: RunConfig) -> driver.OnEvent:
+        def tell(event: dict[str, Any]) -> None:
+            due = event["kind"] != "train" or event["step"] % cfg.train.log_every_steps == 0
+            if event["kind"] in HAND_ON and due:
+                self._queue.put((cfg.name, event))
+
+        return tell
+
+    def _record(self, folder: Storage, point: Point) -> None:
+        put_point(folder, point)
+        self._queue.put(("", json.loads(point.to_json())))
+
+
+def _trial(config: dict[str, Any], trainer: _Trainer, points: dict[int, Point]) -> None:
+    """The function that Tune runs in a process of its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    point = points.get(config["number"]) or Point(config["number"], config["settings"])
+    if point.state == "failed":
+        point.state, point.why = "begun", ""
+    for rung, record in trainer.train(point):
+        tune.report({"rung": rung, "loss": record.loss()})
+
+
+def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float, trainer: _Trainer) -> None:
+    with tempfile.TemporaryDirectory(prefix="relora-ray-sweep-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_trial, trainer=trainer, points=points), tune.PlacementGroupFactory([HEAD])
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=_Points(sweep, folder, points, began),
+                scheduler=_scheduler(sweep, folder, points),
+                num_samples=-1,
+                max_concurrent_trials=sweep.spec.concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep", storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=3)
+            ),
+        )
+        results = tuner.fit()
+    if results.errors:
+        raise RunFailedError(
+            f"{len(results.errors)} trial(s) ended with an error of their own; the first: {results.errors[0]}. Run the "
+            f"same command again to continue."
+        )
+
+
+class _Points(Searcher):
+    """Tells Tune which point is next."""
+
+    def __init__(self, sweep: Sweep, folder: Storage, points: dict[int, Point], began: float) -> None:
+        super().__init__(metric="loss", mode="min")
+        self._spec, self._folder, self._points, self._began = sweep.spec, folder, points, began
+        self._listed, self._next = sweep.points, 0
+
+    def suggest(self, trial_id: str) -> Any:
+        number, is_new = self._next, self._next not in self._points
+        if number >= (self._spec.trials or len(self._listed)) or (is_new and self._is_spent()):
+            return Searcher.FINISHED
+        self._next += 1
+        if is_new:
+            settings = self._listed[number] if self._listed else suggest(self._spec, number, read_points(self._folder))
+            self._points[number] = Point(number, settings)
+            put_point(self._folder, self._points[number])  # a restart must not choose another
+        return {"number": number, "settings": self._points[number].settings}
+
+    def _is_spent(self) -> bool:
+        spec = self._spec
+        if spec.max_hours and time.time() - self._began > spec.max_hours * 3600:
+            return True
+        runs = [run for point in read_points(self._folder) for run in point.runs.values()]
+        tokens, gpu_s = (sum(run[name] for run in runs) for name in ("tokens", "gpu_s"))
+        return bool(spec.max_tokens and tokens >= spec.max_tokens) or bool(
+            spec.max_gpu_hours and gpu_s >= spec.max_gpu_hours * 3600
+        )
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep goes on from its records")
+
+
+def _scheduler(sweep: Sweep, folder: Storage, points: dict[int, Point]) -> TrialScheduler:
+    halving = sweep.spec.halving
+    if halving is None:
+        return FIFOScheduler()
+    return _Halving(
+        dict(sweep.stops), folder, points, time_attr="rung", metric="loss", mode="min", max_t=len(sweep.rungs),
+        grace_period=halving.first_rung, reduction_factor=halving.factor,
+    )  # fmt: skip
+
+
+class _Halving(AsyncHyperBandScheduler):
+    """ASHA whose decisions are recorded, and stand when the sweep is started again."""
+
+    def __init__(self, stops: dict[int, int], folder: Storage, points: dict[int, Point], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._stops, self._folder, self._before = stops, folder, dict(points)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        number, step = trial.config["number"], self._stops[result["rung"]]
+        before = self._before.get(number)
+        if step == max(self._stops.values()) or (before is not None and before.last_rung > step):
+            return TrialScheduler.CONTINUE  # it ends by itself, or has gone on before
+        if before is not None and before.last_rung == step and before.state == "halved":
+            return TrialScheduler.STOP
+        if decision == TrialScheduler.STOP:
+            point = read_point(self._folder, number)
+            point.state = "halved"
+            put_point(self._folder, point)
+        return decision
+
+
+@contextmanager
+def _listening(on_event: Told) -> Iterator[Queue]:
+    """A queue whose messages are handed to `on_event`, in a thread, until the block ends."""
+    queue = Queue(actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
+    ended = threading.Event()
+
+    def listen() -> None:
+        while True:
+            try:
+                run, event = queue.get(timeout=0.5)
+            except Empty:
+                if ended.is_set():
+                    return
+                continue
+            on_event(run, event)
+
+    thread = threading.Thread(target=listen, name="relora-ray-sweep-events", daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        ended.set()
+        thread.join()
+        queue.shutdown()

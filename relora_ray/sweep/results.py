@@ -1,0 +1,216 @@
+"""What came of a sweep's points: records in its storage, and from them the best config, a table and what matters.
+
+<storage>/<sweep>/sweep.yaml             what is searched, fixed by the first start
+<storage>/<sweep>/points/0003.json       one record per point, written when it comes to a rung or ends
+<storage>/<sweep>/0003-seed1/            its runs
+<storage>/<sweep>/warm-<digest>/         warm starts that runs were forked from
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from relora_ray import metrics
+from relora_ray.config import RunConfig
+from relora_ray.runs import FORK
+from relora_ray.storage import Storage
+from relora_ray.sweep.space import Settings, Value
+
+POINTS = "points"
+STATES = ("begun", "done", "halved", "diverged", "failed")
+"""Begun: it goes on. Halved: ended at a rung, being behind. Diverged: one of its runs has. Failed: what stopped it is
+no result of its settings, and it is tried again at the next start."""
+
+
+@dataclass
+class Point:
+    """One point's record."""
+
+    number: int
+    settings: Settings
+    state: str = "begun"
+    why: str = ""
+    """Of diverged and failed."""
+    losses: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Held-out loss by rung (finished updates) and seed."""
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """`measured` of each seed's run."""
+
+    @property
+    def last_rung(self) -> int:
+        return max(self.losses, default=0)
+
+    def loss(self, rung: int | None = None) -> float:
+        """Mean over seeds at a rung, by default the last that it came to; inf if it came to none, or diverged."""
+        if self.state == "diverged" or not self.losses:
+            return math.inf
+        return statistics.fmean(self.losses[self.last_rung if rung is None else rung].values())
+
+    def mean(self, name: str) -> float:
+        """Of one of its runs' measurements, over seeds."""
+        return statistics.fmean(run[name] for run in self.runs.values()) if self.runs else math.nan
+
+    def to_json(self) -> bytes:
+        return json.dumps(self.__dict__, indent=1).encode()
+
+
+def point_from_json(text: bytes) -> Point:
+    raw = json.loads(text)
+    losses = {int(rung): {int(seed): loss for seed, loss in by.items()} for rung, by in raw["losses"].items()}
+    runs = {int(seed): run for seed, run in raw["runs"].items()}
+    return Point(raw["number"], raw["settings"], raw["state"], raw["why"], losses, runs)
+
+
+def put_point(sweep: Storage, point: Point) -> None:
+    sweep.put(f"{POINTS}/{point.number:04d}.json", point.to_json())
+
+
+def read_point(sweep: Storage, number: int) -> Point:
+    return point_from_json(sweep.get(f"{POINTS}/{number:04d}.json"))
+
+
+def read_points(sweep: Storage) -> list[Point]:
+    """By number."""
+    return [point_from_json(sweep.get(path)) for path in sorted(sweep.list(POINTS))]
+
+
+def held_out_loss(run: Storage, step: int) -> float:
+    """After `step` updates. KeyError if it was not evaluated there."""
+    return {record["step"]: record["loss"] for record in metrics.read(run, "eval")}[step]
+
+
+def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
+    """What a run came to besides its loss: memory, speed, sizes."""
+    records = metrics.read_kinds(run)
+    steps, shapes = metrics.latest(records["train"]), records["attempt"][:1] + records["boundary"]
+    trainable, total = shapes[-1]["num_trainable"], records["attempt"][-1]["num_parameters"]
+    origin = json.loads(run.get(FORK)) if run.exists(FORK) else {"parent": "", "step": 0}
+    step_s = statistics.median(record["step_s"] for record in steps)
+    return {
+        "steps": len(steps),
+        "tokens": len(steps) * cfg.tokens_per_step,
+        "forked_at": origin["step"],
+        "warm_start": origin["parent"],
+        "step_s": step_s,
+        "tokens_per_s": cfg.tokens_per_step / step_s,
+        "train_s": sum(record["step_s"] for record in steps),
+        "gpu_s": sum(record["step_s"] for record in steps) * cfg.cluster.workers * cfg.cluster.gpus_per_worker,
+        "num_trainable": trainable,
+        "state_bytes": state_bytes(cfg, total, trainable),
+        "peak_memory_bytes": max((r["peak_memory_bytes"] for r in records["end"]), default=0),
+    }
+
+
+def state_bytes(cfg: RunConfig, num_parameters: int, num_trainable: int) -> int:
+    """Of a training state after the warm start, on every worker: frozen weights as the config holds them, and 16 bytes
+    for a weight that is trained (weight, gradient and two moments in fp32)."""
+    frozen = {"fp32": 4, "bf16_int8": 3, "bf16": 2}[getattr(cfg.method, "frozen_weights", "fp32")]
+    return (num_parameters - num_trainable) * frozen + num_trainable * 16
+
+
+def ranking(points: Sequence[Point]) -> list[Point]:
+    """Those that came furthest first, among them by loss: a loss of half the tokens is no loss of all."""
+    return sorted(points, key=lambda p: (-p.last_rung if p.state != "diverged" else 1, p.loss(), p.number))
+
+
+def best(points: Sequence[Point]) -> Point | None:
+    done = [point for point in points if point.state == "done"]
+    return min(done, key=lambda p: (p.loss(), p.number)) if done else None
+
+
+def pareto(points: Sequence[Point], name: str, *, larger: bool) -> list[Point]:
+    """Points that no other beats in loss without being worse in `name`, by loss."""
+    sign, front = -1.0 if larger else 1.0, []
+    limit = math.inf
+    for point in sorted((p for p in points if p.state == "done"), key=lambda p: (p.loss(), sign * p.mean(name))):
+        if sign * point.mean(name) < limit:
+            limit = sign * point.mean(name)
+            front.append(point)
+    return front
+
+
+@dataclass(frozen=True)
+class Importance:
+    name: str
+    share: float
+    """Of the variance between points' losses: how much of it the key's values alone explain (omega squared)."""
+    low: float
+    high: float
+    """90 % of resamples of the runs lie between."""
+
+
+def importance(points: Sequence[Point], *, resamples: int = 500, seed: int = 0) -> list[Importance]:
+    """How much each key matters, the most first. Values of a range are taken in four bins. Points of a random search
+    differ in all keys at once: with few of them a key may take another's share, which the interval then shows."""
+    runs = [(p.settings, loss) for p in points if p.state == "done" for loss in p.losses[p.last_rung].values()]
+    names = list(dict.fromkeys(name for settings, _ in runs for name in settings))
+    found = []
+    for name in names:
+        groups = _binned([settings[name] for settings, _ in runs])
+        losses = [loss for _, loss in runs]
+        generator = random.Random(f"{seed} {name}")
+        shares = []
+        for _ in range(resamples):
+            picked = generator.choices(range(len(runs)), k=len(runs))
+            shares.append(_omega_squared([groups[i] for i in picked], [losses[i] for i in picked]))
+        shares.sort()
+        low, high = (shares[int(q * (resamples - 1))] for q in (0.05, 0.95))
+        found.append(Importance(name, _omega_squared(groups, losses), low, high))
+    return sorted(found, key=lambda i: -i.share)
+
+
+def _binned(values: list[Value]) -> list[Value]:
+    if len(set(values)) <= 8:
+        return values
+    numbers = [value for value in values if not isinstance(value, str)]  # a range has no others
+    ordered = sorted(numbers)
+    edges = [ordered[len(ordered) * q // 4] for q in (1, 2, 3)]
+    return [sum(value >= edge for edge in edges) for value in numbers]
+
+
+def _omega_squared(groups: list[Value], losses: list[float]) -> float:
+    """Of a one-way analysis of variance: the share explained, less what chance would explain."""
+    by: dict[Value, list[float]] = defaultdict(list)
+    for group, loss in zip(groups, losses, strict=True):
+        by[group].append(loss)
+    mean = statistics.fmean(losses)
+    total = sum((loss - mean) ** 2 for loss in losses)
+    between = sum(len(members) * (statistics.fmean(members) - mean) ** 2 for members in by.values())
+    freedom = len(losses) - len(by)
+    if total == 0 or freedom <= 0:
+        return 0.0
+    within = (total - between) / freedom
+    return max(0.0, (between - (len(by) - 1) * within) / (total + within))
+
+
+COLUMNS = ("tokens_per_s", "step_s", "num_trainable", "state_bytes", "peak_memory_bytes")
+
+
+def to_csv(points: Sequence[Point]) -> str:
+    """One line per point, the best first."""
+    names = list(dict.fromkeys(name for point in points for name in point.settings))
+    seeds = sorted({seed for point in points for by in point.losses.values() for seed in by})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["point", *names, "state", "updates", "loss", *(f"loss_seed{s}" for s in seeds), *COLUMNS, "why"])
+    for point in ranking(points):
+        by = point.losses.get(point.last_rung, {})
+        writer.writerow(
+            [
+                point.number, *(point.settings.get(name, "") for name in names), point.state, point.last_rung,
+                "" if math.isinf(point.loss()) else f"{point.loss():.6f}",
+                *(f"{by[seed]:.6f}" if seed in by else "" for seed in seeds),
+                *(f"{point.mean(name):.6g}" if point.runs else "" for name in COLUMNS),
+                point.why.partition("\n")[0],
+            ]
+        )  # fmt: skip
+    return out.getvalue()

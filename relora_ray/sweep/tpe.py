@@ -1,0 +1,59 @@
+"""Optuna's Tree-structured Parzen Estimator as a pure function: the next point from the ones that are done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from relora_ray.errors import ConfigError
+from relora_ray.keyed import key
+from relora_ray.sweep.results import Point
+from relora_ray.sweep.space import Dimension, Range, Settings, SweepConfig
+
+LARGER_IS_BETTER = ("tokens_per_s",)
+
+
+def import_optuna() -> Any:
+    """ConfigError if it is not installed: call it before anything is spent."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("sweep.search=tpe needs Optuna: pip install 'relora-ray[sweep]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def suggest(spec: SweepConfig, number: int, points: Sequence[Point]) -> Settings:
+    """The settings of point `number`, when `points` have come to an end. Points that failed or were halved say nothing
+    here, those that diverged that their like is to be left alone."""
+    optuna = import_optuna()
+    space = {name: _distribution(optuna, dimension) for name, dimension in spec.space.items()}
+    sampler = optuna.samplers.TPESampler(seed=key(spec.seed, "tpe", number) % 2**32)
+    directions = ["maximize" if name in LARGER_IS_BETTER else "minimize" for name in spec.objectives]
+    study = optuna.create_study(sampler=sampler, directions=directions)
+    for point in sorted(points, key=lambda p: p.number):
+        if values := _values(spec, point):
+            study.add_trial(optuna.trial.create_trial(params=point.settings, distributions=space, values=values))
+    return {name: _plain(value) for name, value in study.ask(space).params.items()}
+
+
+def _values(spec: SweepConfig, point: Point) -> list[float]:
+    if point.state == "diverged":
+        return [0.0 if name in LARGER_IS_BETTER else 1e9 for name in spec.objectives]
+    if point.state != "done":
+        return []
+    values = [point.loss() if name == "loss" else point.mean(name) for name in spec.objectives]
+    return values if all(map(math.isfinite, values)) else []
+
+
+def _distribution(optuna: Any, dimension: Dimension) -> Any:
+    if not isinstance(dimension, Range):
+        return optuna.distributions.CategoricalDistribution(dimension)
+    if dimension.whole:
+        return optuna.distributions.IntDistribution(int(dimension.min), int(dimension.max), log=dimension.log)
+    return optuna.distributions.FloatDistribution(dimension.min, dimension.max, log=dimension.log)
+
+
+def _plain(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
