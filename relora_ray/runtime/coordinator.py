@@ -196,13 +196,17 @@ class Coordinator:
 
     # Wishes of the elastic policy.
 
-    def ask_to_save(self, leaving: list[str], cause: str, wait: bool) -> bool:
+    def ask_to_save(self, leaving: list[str] | None, cause: str, wait: bool) -> bool:
         """Have all ranks store their state after the next step and then `wait`, for a resize. `leaving`: machines that
-        will soon be gone. False if nothing is being trained: ask again."""
+        will soon be gone; None: those that were named before. False if nothing is being trained: ask again."""
         mine = self._attempt
         if mine is None:
             return False
-        mine.leaving = [m.rank for m in mine.members.values() if m.node in leaving]
+        if leaving is not None:
+            mine.leaving = [m.rank for m in mine.members.values() if m.node in leaving]
+        if not wait and self.is_paused():  # for a resize: what there is to store is stored
+            return True
+        mine.stored = False
         mine.waits = wait
         if mine.orders.go_on >= mine.orders.save:  # nobody waits any more since the last wish
             mine.paused = {}
@@ -214,6 +218,10 @@ class Coordinator:
         """Whether a wish is still to be fulfilled: not if the attempt ended or the state could not be stored."""
         return self._attempt is not None and self._attempt.orders.save > self._attempt.orders.go_on
 
+    def is_stored(self) -> bool:
+        """Whether the last wish was fulfilled: all ranks have stored their state since."""
+        return self._attempt is not None and self._attempt.stored
+
     async def pause(self, attempt: int, rank: int, step: int, stored: bool) -> Orders:
         """A rank has stored what it was asked to store, or has not been able to."""
         mine = await self._find(attempt)
@@ -222,6 +230,7 @@ class Coordinator:
         mine.paused[rank] = stored
         if mine.storing is not None and not mine.storing.done():
             mine.storing.set_result(None)
+        mine.stored = len(mine.paused) == mine.size and all(mine.paused.values())
         if not stored or (not mine.waits and len(mine.paused) == mine.size):
             mine.order(go_on=mine.orders.save)
         return mine.orders
@@ -434,6 +443,7 @@ class _Attempt:
         """Done when what they were asked to store is stored, or is not."""
         self.paused: dict[int, bool] = {}
         """Ranks that wait since they were asked to save, and whether that was stored."""
+        self.stored = False
 
     def order(self, **changes: Any) -> None:
         self.orders = dataclasses.replace(self.orders, **changes)

@@ -220,15 +220,20 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told, ended = threading.Event(), threading.Event()
+    told, ended, stored = threading.Event(), threading.Event(), threading.Event()
 
     def save_and_stop() -> None:
+        def call(name: str, *args: Any) -> bool:
+            return bool(ray.get(getattr(coordinator, name).remote(*args), timeout=STOP_S))
+
         try:
             until = time.monotonic() + STOP_S
-            waiting = ray.get(coordinator.ask_to_save.remote([], "the driver was told to stop", False), timeout=STOP_S)
-            while waiting and time.monotonic() < until:
+            waiting = call("ask_to_save", None, "the driver was told to stop", False)
+            while waiting and not stored.is_set() and time.monotonic() < until:
                 time.sleep(0.2)
-                waiting = ray.get(coordinator.is_asked.remote(), timeout=STOP_S)
+                if call("is_stored"):
+                    stored.set()
+                waiting = call("is_asked")
         except ray.exceptions.RayError as error:
             logger.warning("the state could not be stored: %s", error)
         finally:
@@ -249,6 +254,8 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
             raise
         steps = list_manifests(storage)
         what = f"the state after step {steps[-1]} is stored" if steps else "nothing had been trained"
+        if steps and not stored.is_set():  # it was starting, or storage failed
+            what = f"the newest checkpoint is that after step {steps[-1]}; what was trained since could not be stored"
         raise StoppedError(f"told to stop by SIGTERM: {what}. Run the same command again to continue.") from None
     finally:
         ended.set()

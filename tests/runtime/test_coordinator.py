@@ -121,6 +121,41 @@ def test_wish_without_a_wait_leaves_nobody_paused(play: Callable[..., Any]) -> N
     play(test)
 
 
+def test_told_to_stop_while_a_machine_leaves(play: Callable[..., Any]) -> None:
+    """Who is leaving is not forgotten, and whether the state was stored is known."""
+
+    async def test(coordinator: Coordinator) -> None:
+        number = (await begin(coordinator))[0].attempt
+        coordinator.ask_to_save(["node-1"], "a notice", True)
+        coordinator.ask_to_save(None, "the driver was told to stop", False)
+        assert await coordinator.leaving(number) == [1]
+        await coordinator.pause(number, 0, 8, True)
+        assert not coordinator.is_stored()
+        await coordinator.pause(number, 1, 8, True)
+        assert coordinator.is_stored()
+        coordinator.ask_to_save(None, "again", False)
+        await coordinator.pause(number, 0, 9, False)
+        await coordinator.pause(number, 1, 9, False)
+        assert not coordinator.is_stored(), "storage failed"
+
+    play(test)
+
+
+def test_told_to_stop_while_all_wait_for_a_resize(play: Callable[..., Any]) -> None:
+    """What there is to store is stored, and nobody trains: there is nothing to wait for."""
+
+    async def test(coordinator: Coordinator) -> None:
+        number = (await begin(coordinator))[0].attempt
+        coordinator.ask_to_save([], "a resize", True)
+        for rank in (0, 1):
+            await coordinator.pause(number, rank, 8, True)
+        assert coordinator.is_paused()
+        assert coordinator.ask_to_save(None, "the driver was told to stop", False)
+        assert coordinator.is_stored()
+
+    play(test)
+
+
 def test_left_over_agents_change_nothing(play: Callable[..., Any]) -> None:
     """Agents of a worker group that was replaced may still be running, or wait for the others."""
 
