@@ -27,7 +27,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 from ray.util.queue import Empty, Queue
 
-from relora_ray.checkpoint import list_manifests
+from relora_ray.checkpoint import list_manifests, pin
 from relora_ray.config import RunConfig
 from relora_ray.errors import ConfigError, ReloraError, RunBusyError, RunFailedError
 from relora_ray.fork import fork, warm_start_digest
@@ -35,8 +35,9 @@ from relora_ray.runs import claim, read_config, run_storage
 from relora_ray.runtime import driver
 from relora_ray.runtime.lease import only_driver
 from relora_ray.storage import Storage
+from relora_ray.sweep.population import replacements
 from relora_ray.sweep.results import Point, held_out_loss, measured, put_point, read_point, read_points
-from relora_ray.sweep.space import Sweep
+from relora_ray.sweep.space import WARM, Sweep, run_name
 from relora_ray.sweep.tpe import import_optuna, suggest
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _claim_warm_starts(sweep: Sweep) -> set[str]:
 def _warm_config(cfg: RunConfig, digest: str) -> RunConfig:
     """Of the run that trains the warm start of `cfg`, and ends there."""
     train = cfg.train.model_copy(update={"stop_after_steps": cfg.warm_start_steps})
-    warm = cfg.model_copy(update={"name": f"warm-{digest}", "train": train})
+    warm = cfg.model_copy(update={"name": f"{WARM}{digest}", "train": train})
     storage = run_storage(warm)
     if not storage.exists("config.yaml"):
         return warm
@@ -149,17 +150,22 @@ class _Trainer:
     def __init__(self, sweep: Sweep, shared: set[str], queue: Queue) -> None:
         self._sweep, self._shared, self._queue = sweep, shared, queue
 
-    def train(self, point: Point) -> Iterator[tuple[int, Point]]:
-        """Bring a point from rung to rung: yields the rung's number and the record, which is stored. What it has come
-        to before is given from the record."""
+    def train(self, number: int, until: int) -> Iterator[tuple[int, Point]]:
+        """Bring a point from rung to rung, up to rung number `until`: yields the rung's number and the record, which is
+        stored. What it has come to before is given from the record."""
         sweep = self._sweep
-        folder = sweep_storage(sweep.config(point.number, point.settings, sweep.spec.seeds[0]))
+        folder = sweep_storage(_first_run(sweep))
+        point = read_point(folder, number)
+        if point.state == "failed":
+            point.state, point.why = "begun", ""
         state = point.state
         for rung, step in sweep.stops:
+            if step <= point.forked_at:
+                continue
             if step in point.losses:
                 yield rung, point
                 continue
-            if state in ("halved", "diverged"):
+            if state in ("halved", "replaced", "diverged") or rung > until:
                 return
             try:
                 losses = {seed: self._train_run(point, seed, step) for seed in sweep.spec.seeds}
@@ -177,7 +183,9 @@ class _Trainer:
         """One run up to `step`; its held-out loss there."""
         cfg = self._sweep.config(point.number, point.settings, seed)
         digest = warm_start_digest(cfg)
-        if digest in self._shared and not list_manifests(run_storage(cfg)):
+        if point.parent is not None:
+            fork(cfg, run_name(point.parent, seed), point.forked_at)
+        elif digest in self._shared and not list_manifests(run_storage(cfg)):
             warm = _warm_config(cfg, digest)
             self._train_warm_start(warm, point)
             fork(cfg, warm.name, cfg.warm_start_steps)
@@ -215,24 +223,19 @@ class _Trainer:
         self._queue.put(("", json.loads(point.to_json())))
 
 
-def _trial(config: dict[str, Any], trainer: _Trainer, points: dict[int, Point]) -> None:
+def _trial(config: dict[str, Any], trainer: _Trainer) -> None:
     """The function that Tune runs in a process of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    point = points.get(config["number"]) or Point(config["number"], config["settings"])
-    if point.state == "failed":
-        point.state, point.why = "begun", ""
-    for rung, record in trainer.train(point):
-        tune.report({"rung": rung, "loss": record.loss()})
+    for rung, point in trainer.train(config["number"], config["until"]):
+        tune.report({"rung": rung, "loss": point.loss()})
 
 
 def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float, trainer: _Trainer) -> None:
     with tempfile.TemporaryDirectory(prefix="relora-ray-sweep-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(_trial, trainer=trainer, points=points), tune.PlacementGroupFactory([HEAD])
-            ),
+            tune.with_resources(tune.with_parameters(_trial, trainer=trainer), tune.PlacementGroupFactory([HEAD])),
             tune_config=tune.TuneConfig(
-                search_alg=_Points(sweep, folder, points, began),
+                search_alg=(_Generations if sweep.spec.population else _Points)(sweep, folder, points, began),
                 scheduler=_scheduler(sweep, folder, points),
                 num_samples=-1,
                 max_concurrent_trials=sweep.spec.concurrent,
@@ -256,7 +259,7 @@ class _Points(Searcher):
     def __init__(self, sweep: Sweep, folder: Storage, points: dict[int, Point], began: float) -> None:
         super().__init__(metric="loss", mode="min")
         self._spec, self._folder, self._points, self._began = sweep.spec, folder, points, began
-        self._listed, self._next = sweep.points, 0
+        self._listed, self._next, self._last = sweep.points, 0, len(sweep.rungs)
 
     def suggest(self, trial_id: str) -> Any:
         number, is_new = self._next, self._next not in self._points
@@ -267,7 +270,7 @@ class _Points(Searcher):
             settings = self._listed[number] if self._listed else suggest(self._spec, number, read_points(self._folder))
             self._points[number] = Point(number, settings)
             put_point(self._folder, self._points[number])  # a restart must not choose another
-        return {"number": number, "settings": self._points[number].settings}
+        return {"number": number, "settings": self._points[number].settings, "until": self._last}
 
     def _is_spent(self) -> bool:
         spec = self._spec
@@ -287,6 +290,58 @@ class _Points(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a sweep goes on from its records")
+
+
+class _Generations(_Points):
+    """Tells Tune which point of a population is next, and to which rung. Who is replaced is decided when all have come
+    to a rung, from their records; a decision that is recorded stands."""
+
+    def __init__(self, sweep: Sweep, folder: Storage, points: dict[int, Point], began: float) -> None:
+        super().__init__(sweep, folder, points, began)
+        self._seeds, self._stops = sweep.spec.seeds, sweep.stops
+        self._members = list(range(len(self._listed)))
+        self._generation, self._waiting, self._under_way = 0, list(self._members), set[str]()
+        for number in self._members:
+            self._add(Point(number, self._listed[number]))
+
+    def _add(self, point: Point) -> None:
+        if point.number not in self._points:
+            self._points[point.number] = point
+            put_point(self._folder, point)
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self._waiting and not self._under_way:
+            if self._generation == len(self._stops) - 1 or self._is_spent():
+                return Searcher.FINISHED
+            self._replace()
+        if not self._waiting:
+            return None  # until those that are under way have ended
+        number = self._waiting.pop(0)
+        self._under_way.add(trial_id)
+        point = self._points[number]
+        return {"number": number, "settings": point.settings, "until": self._stops[self._generation][0]}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._under_way.discard(trial_id)
+
+    def _replace(self) -> None:
+        size, step = len(self._members), self._stops[self._generation][1]
+        known = {
+            n: self._points[number]
+            for n in range(size)
+            if (number := size * (self._generation + 1) + n) in self._points
+        }
+        members = [read_point(self._folder, number) for number in self._members]
+        for position, child in (known or replacements(self._spec, members, self._generation, step)).items():
+            assert child.parent is not None
+            for seed in self._seeds:  # before the parent goes on, and prunes what is to be forked
+                pin(self._folder.child(run_name(child.parent, seed)), run_name(child.number, seed), step)
+            self._add(child)
+            if members[position].state == "begun":
+                members[position].state = "replaced"
+                put_point(self._folder, members[position])
+            self._members[position] = child.number
+        self._generation, self._waiting = self._generation + 1, list(self._members)
 
 
 def _scheduler(sweep: Sweep, folder: Storage, points: dict[int, Point]) -> TrialScheduler:

@@ -16,7 +16,7 @@ from relora_ray.metrics import size_text
 from relora_ray.plots import pyplot
 from relora_ray.storage import Storage
 from relora_ray.sweep.results import Point, best, importance, pareto, ranking, to_csv
-from relora_ray.sweep.space import Sweep, Value, short_value, text, with_settings
+from relora_ray.sweep.space import WARM, Sweep, Value, short_value, text, with_settings
 
 FRONTS = {"state_bytes": ("training state, bytes", False), "tokens_per_s": ("tokens per second", True)}
 
@@ -88,9 +88,9 @@ def compute(sweep: Sweep, points: Sequence[Point]) -> Iterator[str]:
     """What was trained, and what sharing warm starts saved."""
     runs = [run for point in points for run in point.runs.values()]
     own = sum(run["steps"] for run in runs)
-    forked = [run for run in runs if run["forked_at"]]
-    warm = sum({run["warm_start"]: run["forked_at"] for run in forked}.values())
-    alone, shared = own + sum(run["forked_at"] for run in forked), {run["warm_start"] for run in forked}
+    forked = [run for run in runs if run["forked_from"].startswith(WARM)]
+    warm = sum({run["forked_from"]: run["forked_at"] for run in forked}.values())
+    alone, shared = own + sum(run["forked_at"] for run in forked), {run["forked_from"] for run in forked}
     yield f"{own + warm:,} updates were trained" + (
         f", {warm:,} of them in {len(shared)} warm start(s) that {len(forked)} runs share; without sharing it would "
         f"have been {alone:,}: {1 - (own + warm) / alone:.1%} saved.\n"

@@ -26,9 +26,9 @@ from relora_ray.storage import Storage
 from relora_ray.sweep.space import Settings, Value
 
 POINTS = "points"
-STATES = ("begun", "done", "halved", "diverged", "failed")
-"""Begun: it goes on. Halved: ended at a rung, being behind. Diverged: one of its runs has. Failed: what stopped it is
-no result of its settings, and it is tried again at the next start."""
+STATES = ("begun", "done", "halved", "replaced", "diverged", "failed")
+"""Begun: it goes on. Halved, replaced: ended at a rung, being behind. Diverged: one of its runs has. Failed: what
+stopped it is no result of its settings, and it is tried again at the next start."""
 
 
 @dataclass
@@ -44,16 +44,22 @@ class Point:
     """Held-out loss by rung (finished updates) and seed."""
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)
     """`measured` of each seed's run."""
+    parent: int | None = None
+    """Of a population: the point that it was forked from, ..."""
+    forked_at: int = 0
+    """... after so many updates."""
 
     @property
     def last_rung(self) -> int:
         return max(self.losses, default=0)
 
-    def loss(self, rung: int | None = None) -> float:
-        """Mean over seeds at a rung, by default the last that it came to; inf if it came to none, or diverged."""
-        if self.state == "diverged" or not self.losses:
-            return math.inf
-        return statistics.fmean(self.losses[self.last_rung if rung is None else rung].values())
+    def loss(self) -> float:
+        """At the last rung that it came to; inf if it diverged or came to none."""
+        return math.inf if self.state == "diverged" else self.loss_at(self.last_rung)
+
+    def loss_at(self, rung: int) -> float:
+        """Mean over seeds; inf if it did not come there."""
+        return statistics.fmean(self.losses[rung].values()) if rung in self.losses else math.inf
 
     def mean(self, name: str) -> float:
         """Of one of its runs' measurements, over seeds."""
@@ -67,7 +73,7 @@ def point_from_json(text: bytes) -> Point:
     raw = json.loads(text)
     losses = {int(rung): {int(seed): loss for seed, loss in by.items()} for rung, by in raw["losses"].items()}
     runs = {int(seed): run for seed, run in raw["runs"].items()}
-    return Point(raw["number"], raw["settings"], raw["state"], raw["why"], losses, runs)
+    return Point(**raw | {"losses": losses, "runs": runs})
 
 
 def put_point(sweep: Storage, point: Point) -> None:
@@ -99,7 +105,7 @@ def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
         "steps": len(steps),
         "tokens": len(steps) * cfg.tokens_per_step,
         "forked_at": origin["step"],
-        "warm_start": origin["parent"],
+        "forked_from": origin["parent"],
         "step_s": step_s,
         "tokens_per_s": cfg.tokens_per_step / step_s,
         "train_s": sum(record["step_s"] for record in steps),

@@ -66,7 +66,12 @@ class Range(Section):
             value = math.exp(math.log(self.min) + share * (math.log(self.max) - math.log(self.min)))
         else:
             value = self.min + share * (self.max - self.min)
-        return round(value) if self.whole else float(f"{min(max(value, self.min), self.max):.6g}")
+        return self.nearest(value)
+
+    def nearest(self, value: float) -> int | float:
+        """What is in the range; with six digits."""
+        value = min(max(value, self.min), self.max)
+        return round(value) if self.whole else float(f"{value:.6g}")
 
 
 Dimension = Annotated[tuple[Value, ...], Field(min_length=1)] | Range
@@ -80,6 +85,17 @@ class Halving(Section):
     factor: int = Field(2, ge=2)
     first_rung: int = Field(1, gt=0)
     """In common cycle ends: nobody is ended before this one."""
+
+
+class Population(Section):
+    """Population-based training (Jaderberg et al. 2017): at rungs, which are cycle ends that all points have in common,
+    the points that are most behind are replaced by forks of those most ahead, with settings a step away."""
+
+    share: float = Field(0.25, gt=0, le=0.5)
+    """Of the points: so many are replaced at a rung, one at least."""
+    factor: float = Field(1.25, gt=1)
+    """A step in a range is a value times or over this; in a list it is to a neighbour, so give lists in order."""
+    every_rungs: int = Field(1, gt=0)
 
 
 class SweepConfig(Section):
@@ -97,6 +113,7 @@ class SweepConfig(Section):
     objectives: tuple[Literal["loss", "state_bytes", "tokens_per_s"], ...] = ("loss",)
     """What tpe improves, held-out loss always; several: towards a Pareto front."""
     halving: Halving | None = None
+    population: Population | None = None
     concurrent: int = Field(1, gt=0)
     """Points trained at a time, each with `cluster.workers` workers."""
     share_warm_start: bool = True
@@ -130,6 +147,11 @@ class SweepConfig(Section):
             raise ValueError(f"sweep.objectives={list(self.objectives)} must begin with loss and name each once.")
         if len(self.objectives) > 1 and self.search != "tpe":
             raise ValueError(f"sweep.objectives={list(self.objectives)} matter to sweep.search=tpe only. Remove it.")
+        if self.population and (self.halving or self.search == "tpe"):
+            raise ValueError(
+                "sweep.population chooses who goes on by itself, from points of grid or random search: remove "
+                f"{'sweep.halving' if self.halving else 'sweep.search=tpe'}, or it."
+            )
         if len(self.objectives) > 1 and self.halving:
             raise ValueError("sweep.halving compares by loss alone: give one objective, or remove it.")
         return self
@@ -166,6 +188,8 @@ class Sweep:
             while number < wanted:
                 numbers.add(number)
                 number *= self.spec.halving.factor
+        if self.spec.population:
+            numbers |= set(range(self.spec.population.every_rungs, wanted, self.spec.population.every_rungs))
         return [(number, self.rungs[number - 1]) for number in sorted(numbers)]
 
     def plan(self) -> Iterator[str]:
@@ -194,11 +218,14 @@ def load_sweep(path: str, overrides: list[str] | None = None) -> Sweep:
     plain = check(raw)  # what every point starts from must itself be a run
     configs = {json.dumps(s): _config(raw, n, s, spec.seeds[0]) for n, s in enumerate(_possible_points(spec))}
     rungs = _rungs(list(configs.values()))
-    if spec.halving and len(rungs) < spec.halving.first_rung + 1:
-        raise ConfigError(
-            f"sweep.halving with first_rung={spec.halving.first_rung} needs more cycle ends that all points have in "
-            f"common; they have {', '.join(map(str, rungs))}. Use cycle lengths that are multiples of each other."
-        )
+    needed = {"halving.first_rung": spec.halving and spec.halving.first_rung,
+              "population.every_rungs": spec.population and spec.population.every_rungs}  # fmt: skip
+    for name, first in needed.items():
+        if first and len(rungs) < first + 1:
+            raise ConfigError(
+                f"sweep.{name}={first} needs more cycle ends that all points have in common; they have "
+                f"{', '.join(map(str, rungs))}. Use cycle lengths that are multiples of each other."
+            )
     return Sweep(plain.name, f"{plain.storage}/{plain.name}", spec, raw, rungs)
 
 
@@ -285,6 +312,10 @@ def _described(dimension: Dimension) -> str:
         kinds = [name for name in ("log", "whole") if getattr(dimension, name)]
         return f"{dimension.min:g} to {dimension.max:g}{' (' + ', '.join(kinds) + ')' if kinds else ''}"
     return ", ".join(map(short_value, dimension))
+
+
+WARM = "warm-"
+"""How the names of runs begin that train a warm start for others."""
 
 
 def run_name(number: int, seed: int) -> str:

@@ -14,9 +14,10 @@ import yaml
 from ray.tune.schedulers import TrialScheduler
 
 from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.checkpoint.manifest import pinned_steps
 from relora_ray.errors import ConfigError
 from relora_ray.metrics import read_all
-from relora_ray.runtime.sweep import _claim, _Halving, _Points
+from relora_ray.runtime.sweep import _claim, _Generations, _Halving, _Points
 from relora_ray.storage import Storage
 from relora_ray.sweep.results import Point, put_point, read_point, read_points
 from tests.sweep.test_results import point
@@ -124,7 +125,7 @@ def test_no_point_begins_when_the_budget_is_spent(tmp_path: Path) -> None:
     folder = Storage(str(tmp_path))
     spec = sweep(tmp_path, max_tokens=2000)
     points = _Points(spec, folder, {}, began=0.0)
-    assert points.suggest("a") == {"number": 0, "settings": spec.points[0]}
+    assert points.suggest("a") == {"number": 0, "settings": spec.points[0], "until": 1}
     put_point(folder, point(0, 2.0))  # 2 runs of 1296 tokens
     assert points.suggest("b") == "FINISHED"
     # What has begun is brought to its end all the same.
@@ -132,6 +133,43 @@ def test_no_point_begins_when_the_budget_is_spent(tmp_path: Path) -> None:
     assert [going.suggest(x) if x == "c" else going.suggest(x)["number"] for x in "abc"] == [0, 1, "FINISHED"]
     hours = _Points(sweep(tmp_path, max_hours=1.0), folder, {}, began=0.0)
     assert hours.suggest("a") == "FINISHED"
+
+
+def test_population_goes_from_rung_to_rung(tmp_path: Path) -> None:
+    """All come to a rung before anybody is replaced; after a restart the decision stands."""
+    folder = Storage(str(tmp_path))
+    space = {"method.lora_rank": [2, 4, 8, 16]}
+    spec = sweep(tmp_path, "method.merge_every_steps=3", space=space, population={}, seeds=[1])
+
+    def play(searcher: _Generations) -> list[list[tuple[int, int]]]:
+        """By generation: the points that are trained, and to which rung."""
+        generations: list[list[tuple[int, int]]] = [[]]
+        for turn in range(100):
+            asked = searcher.suggest(str(turn))
+            if asked == "FINISHED":
+                return generations
+            number, until = asked["number"], asked["until"]
+            if generations[-1] and generations[-1][0][1] != until:
+                generations.append([])
+            generations[-1].append((number, until))
+            record = read_point(folder, number)
+            if (step := dict(spec.stops)[until]) not in record.losses:
+                record.losses[step] = {1: 1.0 + number / 10}
+                put_point(folder, record)
+            searcher.on_trial_complete(str(turn))
+        raise AssertionError("it never ends")
+
+    first = play(_Generations(spec, folder, {}, began=0.0))
+    assert [[number for number, _ in generation] for generation in first] == [[0, 1, 2, 3], [0, 1, 2, 7], [0, 1, 2, 11]]
+    assert read_point(folder, 3).state == read_point(folder, 7).state == "replaced"
+    child = read_point(folder, 7)
+    assert (child.parent, child.forked_at) == (0, 6)
+    assert pinned_steps(folder.child("0000-seed1")) == {6, 9}
+    waiting = _Generations(spec, folder, {p.number: p for p in read_points(folder)}, began=0.0)
+    assert [waiting.suggest(str(n))["number"] for n in range(4)] == [0, 1, 2, 3]
+    assert waiting.suggest("4") is None, "they are under way"
+    known = {p.number: p for p in read_points(folder)}
+    assert play(_Generations(spec, folder, known, began=0.0)) == first
 
 
 def test_folder_belongs_to_one_sweep(data: Path, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ SEEDS = (1, 2)
 
 def point(number: int, loss: float, *, state: str = "done", step: int = 12, **settings: float) -> Point:
     measured = {
-        "steps": 9, "tokens": 1296, "forked_at": 3, "warm_start": "warm-x", "step_s": 0.1, "train_s": 0.9, "gpu_s": 0.0,
-        "tokens_per_s": 1440.0 + number, "num_trainable": 100, "state_bytes": 1000 + 10 * number,
+        "steps": 9, "tokens": 1296, "forked_at": 3, "forked_from": "warm-x", "step_s": 0.1, "train_s": 0.9,
+        "gpu_s": 0.0, "tokens_per_s": 1440.0 + number, "num_trainable": 100, "state_bytes": 1000 + 10 * number,
         "peak_memory_bytes": 5,
     }  # fmt: skip
     named = {f"method.{name}": value for name, value in settings.items()}

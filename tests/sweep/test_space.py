@@ -82,7 +82,10 @@ def test_range_in_the_logarithm(share: float, value: float) -> None:
         ({"seeds": [1, 1]}, "sweep.seeds=.1, 1. has a value twice"),
         ({"objectives": ["loss", "state_bytes"]}, "matter to sweep.search=tpe only"),
         ({"search": "tpe", "trials": 4, "objectives": ["state_bytes"]}, "must begin with loss"),
-        ({"halving": {}}, "needs more cycle ends that all points have in common; they have 12"),
+        ({"halving": {}}, "halving.first_rung=1 needs more cycle ends that all points have in common; they have 12"),
+        ({"population": {}}, "sweep.population.every_rungs=1 needs more cycle ends"),
+        ({"population": {}, "halving": {}}, "remove sweep.halving, or it"),
+        ({"population": {}, "search": "tpe", "trials": 2}, "remove sweep.search=tpe, or it"),
         (
             {"space": {"method.lora_rank": {"min": 2, "max": 64, "whole": True}}, "search": "tpe", "trials": 4},
             "the point lora_rank=64 is no run",
