@@ -230,6 +230,10 @@ def _trial(config: dict[str, Any], trainer: _Trainer) -> None:
         tune.report({"rung": rung, "loss": point.loss()})
 
 
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+"""Without it Tune prints a box about itself, whatever its verbosity."""
+
+
 def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float, trainer: _Trainer) -> None:
     with tempfile.TemporaryDirectory(prefix="relora-ray-sweep-") as scratch:
         tuner = tune.Tuner(

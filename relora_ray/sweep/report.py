@@ -161,7 +161,7 @@ def _heat_maps(names: list[str], points: list[Point]) -> bytes:
         for y, line in enumerate(grid):
             for x, loss in enumerate(line):
                 if not math.isnan(loss):
-                    dark = loss < (low + high) / 2
+                    dark = loss > (low + high) / 2
                     axis.text(
                         x, y, f"{loss:.3f}", ha="center", va="center", color="white" if dark else "black", fontsize=8
                     )
@@ -182,17 +182,21 @@ def _parallel(names: list[str], points: list[Point]) -> bytes:
     low, high = (f(p.loss() for p in points) for f in (min, max))
     colours = plt.get_cmap("viridis_r")
     ticks = {name: _values(name, points) for name in names}
-    for point in sorted(points, key=lambda p: -p.loss()):  # the best on top
-        heights = [_height(ticks[name], point.settings[name]) for name in names]
+    ordered = sorted(points, key=lambda p: -p.loss())  # the best on top
+    for place, point in enumerate(ordered):
+        aside = 0.03 * (
+            place / max(1, len(ordered) - 1) - 0.5
+        )  # or lines through the same values would hide each other
+        heights = [_height(ticks[name], point.settings[name]) + aside for name in names]
         share = (point.loss() - low) / (high - low or 1)
-        axis.plot(range(len(columns)), [*heights, share], color=colours(share), linewidth=1.5, alpha=0.9)
+        axis.plot(range(len(columns)), [*heights, share], color=colours(share), linewidth=1.5)
     for x, name in enumerate(columns):
         axis.axvline(x, color="0.7", linewidth=0.8)
         marks = ticks.get(name, [low, high])
         shown = marks if len(marks) <= 8 else [marks[0], marks[-1]]
         for mark in shown:
             y = _height(marks, mark)
-            axis.text(x + 0.03, y, short_value(mark), fontsize=8, va="center")
+            axis.text(x + 0.04, y, short_value(mark), fontsize=9, va="center", bbox={"color": "white", "pad": 0.8})
     axis.set_xticks(range(len(columns)), [_leaf(name) for name in columns])
     axis.set_yticks([])
     return _png(plt, figure)
