@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+
+from cluster.daemons import free_port, start_server
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -72,6 +76,72 @@ def test_ec2_knows_every_key_of_the_aws_file() -> None:
         assert not report.has_errors(), f"{name}: {report.generate_report()}"
         unknown = ParamValidator().validate({**request, "IamInstanceProfil": {}}, shape)
         assert unknown.has_errors(), "a key that is misspelt would be seen"
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """boto3, with moto in the place of AWS."""
+    import boto3
+
+    port = free_port()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray/relora").mkdir(parents=True)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_DEFAULT_REGION": VALUES["AWS_REGION"],
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = start_server(command, f"http://127.0.0.1:{port}", tmp_path / "moto.log")
+    yield boto3
+    server.kill()
+    server.wait()
+
+
+def test_ray_asks_ec2_for_the_machines_of_the_aws_file(aws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray up` up to the point where it would connect by SSH: what it fills in, and the machines that it starts."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    ec2, iam = aws.client("ec2"), aws.client("iam")
+    for name in ("relora-head", "relora-worker"):
+        iam.create_instance_profile(InstanceProfileName=name)
+    group = ec2.create_security_group(GroupName="relora", Description="relora")["GroupId"]
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    monkeypatch.setitem(VALUES, "SECURITY_GROUP", group)
+    monkeypatch.setitem(VALUES, "AMI", image)
+    config = prepare_config(yaml.safe_load(filled(CLUSTER / "aws/cluster.yaml")))
+    config = AWSNodeProvider.fillout_available_node_types_resources(config)
+    validate_config(config)
+    kinds = bootstrap_aws(config)["available_node_types"]
+    assert kinds["head"]["resources"] == {"CPU": 0}
+    assert kinds["spot"]["resources"].items() >= {"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}.items()
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for kind in ("head", "spot"):
+        tags = {
+            "ray-node-type": "head" if kind == "head" else "worker",
+            "ray-launch-config": "x",
+            "ray-node-name": kind,
+        }
+        provider.create_node(copy.deepcopy(kinds[kind]["node_config"]), tags, 1)
+    started = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    found = {
+        machine["InstanceType"]: (
+            machine["ImageId"] == image,
+            machine["IamInstanceProfile"]["Arn"].rpartition("/")[2],
+            [each["GroupId"] for each in machine["SecurityGroups"]] == [group],
+            machine["MetadataOptions"]["HttpTokens"],
+            machine.get("InstanceLifecycle"),
+        )
+        for machine in started
+    }
+    assert found == {
+        "m7i.xlarge": (True, "relora-head", True, "required", None),
+        "g6.2xlarge": (True, "relora-worker", True, "required", "spot"),
+    }
+    disks = [(disk["Size"], disk["VolumeType"]) for disk in ec2.describe_volumes()["Volumes"]]
+    assert disks == [(200, "gp3")] * 2
 
 
 def strict(schema: Any) -> Any:
