@@ -16,7 +16,7 @@ from relora_ray.sizes import LLAMA_SIZES
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "ablations")
+SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("ablations", "sweeps"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs")))

@@ -124,7 +124,7 @@ class Ours(Implementation):
 
     def shipped(self) -> list[str]:
         found = sorted(self._configs.rglob("*.yaml"))
-        return [str(p.relative_to(self._configs)) for p in found if p.parent.name != "ablations"]
+        return [str(p.relative_to(self._configs)) for p in found if p.parent.name not in ("ablations", "sweeps")]
 
     def run_reduced(self, name: str, spec: Spec) -> int:
         cfg = load_config(self._configs / name, _reduced(load_config(self._configs / name), spec))
