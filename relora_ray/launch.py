@@ -64,13 +64,13 @@ def _sweep(path: str, overrides: list[str], *, dry_run: bool) -> int:
     sweep = load_sweep(path, overrides)
     print("\n".join(sweep.plan()), flush=True)
     from relora_ray.plots import pyplot
-    from relora_ray.runtime.sweep import check_sweep, run_sweep
+    from relora_ray.runtime.sweep import check_sweep, first_run, run_sweep
     from relora_ray.sweep.report import page, write_up
 
     pyplot()  # before anything is spent
     sweep, folder = check_sweep(sweep)
     if dry_run:
-        return 0
+        return _dry_run(first_run(sweep))
     points = run_sweep(sweep, on_event=SweepProgress(sweep, sys.stdout))
     write_up(sweep, points, folder)
     print("\n".join(page(sweep, points, [])))

@@ -59,7 +59,7 @@ def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
     trials run in folders of their own, and its folder. Raises ReloraError."""
     if sweep.spec.search == "tpe":
         import_optuna()
-    first = driver.preflight(_first_run(sweep), dry_run=True)
+    first = driver.preflight(first_run(sweep), dry_run=True)
     base = sweep.base | {
         "storage": first.storage.rpartition("/")[0],
         "data": sweep.base["data"] | {"path": first.data.path, "fingerprint": first.data.fingerprint},
@@ -70,7 +70,7 @@ def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
 
 def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
     """Train all points of a checked sweep that are not trained yet; all records, by number. Raises ReloraError."""
-    first = _first_run(sweep)
+    first = first_run(sweep)
     folder = sweep_storage(first)
     workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
     with only_driver(folder), driver.connected(first.model_copy(update={"cluster": workers})):
@@ -87,7 +87,8 @@ def sweep_storage(run: RunConfig) -> Storage:
     return Storage(run.storage, run.storage_options, retry_s=run.storage_retry_s)
 
 
-def _first_run(sweep: Sweep) -> RunConfig:
+def first_run(sweep: Sweep) -> RunConfig:
+    """One of its runs: they need the same machines, data and storage."""
     return sweep.config(0, sweep.possible_points[0], sweep.spec.seeds[0])
 
 
@@ -154,7 +155,7 @@ class _Trainer:
         """Bring a point from rung to rung, up to rung number `until`: yields the rung's number and the record, which is
         stored. What it has come to before is given from the record."""
         sweep = self._sweep
-        folder = sweep_storage(_first_run(sweep))
+        folder = sweep_storage(first_run(sweep))
         point = read_point(folder, number)
         if point.state == "failed":
             point.state, point.why = "begun", ""
