@@ -445,6 +445,7 @@ def _cross_boundary(
         "state_pruned": report.state_pruned,
         "digest": value,
         "merges": counters.merges,
+        "num_parameters": num_parameters(state.model),
         "num_trainable": num_parameters(state.model, trainable_only=True),
         "new_parameters": report.new_parameters,
         "boundary_s": time.perf_counter() - began,

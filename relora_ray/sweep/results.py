@@ -98,7 +98,7 @@ def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
     """What a run came to besides its loss: memory, speed, sizes."""
     records = metrics.read_kinds(run)
     steps, shapes = metrics.latest(records["train"]), records["attempt"][:1] + records["boundary"]
-    trainable, total = shapes[-1]["num_trainable"], records["attempt"][-1]["num_parameters"]
+    trainable, total = shapes[-1]["num_trainable"], shapes[-1]["num_parameters"]
     origin = json.loads(run.get(FORK)) if run.exists(FORK) else {"parent": "", "step": 0}
     step_s = statistics.median(record["step_s"] for record in steps)
     return {
