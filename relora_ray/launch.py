@@ -1,10 +1,10 @@
-"""Train a run: what `ray job submit` calls.
+"""Train a run, or a sweep: what `ray job submit` calls.
 
     python -m relora_ray.launch CONFIG [key=value ...] [--dry-run]
 
-Starting a run and continuing it after a crash are this one command. Uses the Ray cluster of RAY_ADDRESS (Ray jobs have
+Starting and continuing after a crash are this one command. Uses the Ray cluster of RAY_ADDRESS (Ray jobs have
 it set), or else starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
-130 interrupted by Ctrl-C, 143 told to stop by SIGTERM, as `ray job stop` does: the state is stored first.
+130 interrupted by Ctrl-C, 143 told to stop by SIGTERM, as `ray job stop` does: the state of a run is stored first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from relora_ray.config import RunConfig
 from relora_ray.config_file import load_config
@@ -29,53 +30,70 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="check config, storage, data and machines, and end")
     args = parser.parse_intermixed_args()
     try:
-        if is_sweep(args.config):
-            return _sweep(args.config, args.overrides, dry_run=args.dry_run)
-        cfg = load_config(args.config, args.overrides)
-        # Imported only now: a bad config should not have to wait for torch and Ray.
-        from relora_ray.report import summary
-        from relora_ray.runs import run_storage
-        from relora_ray.runtime import driver
-
-        cfg = driver.preflight(cfg, dry_run=args.dry_run)
+        cfg, train = (_prepare_sweep if is_sweep(args.config) else _prepare_run)(args)
     except ReloraError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return _say(error, 2)
     if args.dry_run:
         return _dry_run(cfg)
-    progress = Progress(cfg, sys.stdout)
     try:
-        driver.run(cfg, on_event=progress)
+        return train()
     except ReloraError as error:
-        progress.close()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return {RunBusyError: 2, StoppedError: 143}.get(type(error), 1)
+        return _say(error, {RunBusyError: 2, StoppedError: 143}.get(type(error), 1))
     except KeyboardInterrupt:
-        progress.close()
         print("interrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
-    progress.close()
-    print(summary(run_storage(cfg)))
-    return 0
 
 
-def _sweep(path: str, overrides: list[str], *, dry_run: bool) -> int:
-    """Train a sweep and write it up. Raises ReloraError."""
-    sweep = load_sweep(path, overrides)
+def _say(error: ReloraError, code: int) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return code
+
+
+Prepared = tuple[RunConfig, Callable[[], int]]
+"""A run's config, and what trains it; returns the exit code. Raises ReloraError, KeyboardInterrupt."""
+
+
+def _prepare_run(args: argparse.Namespace) -> Prepared:
+    """Raises ReloraError for all that can be refused before Ray starts."""
+    cfg = load_config(args.config, args.overrides)
+    # Imported only now: a bad config should not have to wait for torch and Ray.
+    from relora_ray.report import summary
+    from relora_ray.runs import run_storage
+    from relora_ray.runtime import driver
+
+    cfg = driver.preflight(cfg, dry_run=args.dry_run)
+
+    def train() -> int:
+        progress = Progress(cfg, sys.stdout)
+        try:
+            driver.run(cfg, on_event=progress)
+        finally:
+            progress.close()
+        print(summary(run_storage(cfg)))
+        return 0
+
+    return cfg, train
+
+
+def _prepare_sweep(args: argparse.Namespace) -> Prepared:
+    """The same of a sweep; the config is that of one of its runs."""
+    sweep = load_sweep(args.config, args.overrides)
     print("\n".join(sweep.plan()), flush=True)
     from relora_ray.plots import pyplot
     from relora_ray.runtime.sweep import check_sweep, first_run, run_sweep
     from relora_ray.sweep.report import page, write_up
 
-    pyplot()  # before anything is spent
+    pyplot()
     sweep, folder = check_sweep(sweep)
-    if dry_run:
-        return _dry_run(first_run(sweep))
-    points = run_sweep(sweep, on_event=SweepProgress(sweep, sys.stdout))
-    write_up(sweep, points, folder)
-    print("\n".join(page(sweep, points, [])))
-    print(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")
-    return 1 if any(point.state == "failed" for point in points) else 0
+
+    def train() -> int:
+        points = run_sweep(sweep, on_event=SweepProgress(sweep, sys.stdout))
+        write_up(sweep, points, folder)
+        print("\n".join(page(sweep, points, [])))
+        print(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")
+        return 1 if any(point.state == "failed" for point in points) else 0
+
+    return first_run(sweep), train
 
 
 def _dry_run(cfg: RunConfig) -> int:

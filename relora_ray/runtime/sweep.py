@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -29,7 +30,7 @@ from ray.util.queue import Empty, Queue
 
 from relora_ray.checkpoint import list_manifests, pin
 from relora_ray.config import RunConfig
-from relora_ray.errors import ConfigError, ReloraError, RunBusyError, RunFailedError
+from relora_ray.errors import ConfigError, ReloraError, RunBusyError, RunFailedError, StoppedError
 from relora_ray.fork import fork, warm_start_digest
 from relora_ray.runs import claim, read_config, run_storage
 from relora_ray.runtime import driver
@@ -231,8 +232,11 @@ def _trial(config: dict[str, Any], trainer: _Trainer) -> None:
         tune.report({"rung": rung, "loss": point.loss()})
 
 
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-"""Without it Tune prints a box about itself, whatever its verbosity."""
+TUNE = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # or it prints a box about itself, whatever its verbosity
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C ends it as if all were well
+}
+"""Tune's environment; what is set already stays."""
 
 
 def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float, trainer: _Trainer) -> None:
@@ -250,12 +254,34 @@ def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float,
                 name="sweep", storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=3)
             ),
         )
-        results = tuner.fit()
+        for name, value in TUNE.items():
+            os.environ.setdefault(name, value)
+        with _ending_when_told_to_stop():
+            results = tuner.fit()
     if results.errors:
         raise RunFailedError(
             f"{len(results.errors)} trial(s) ended with an error of their own; the first: {results.errors[0]}. Run the "
             f"same command again to continue."
         )
+
+
+@contextmanager
+def _ending_when_told_to_stop() -> Iterator[None]:
+    """SIGTERM raises StoppedError. Runs go on from their newest checkpoints when the sweep is started again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise StoppedError(
+            "told to stop by SIGTERM. Run the same command again: every run goes on from its newest checkpoint."
+        )
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Points(Searcher):

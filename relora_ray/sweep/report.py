@@ -36,8 +36,13 @@ def best_config(sweep: Sweep, point: Point) -> str:
     """The run's config of a point, as YAML: a run of its own, with the sweep's first seed."""
     raw = with_settings(sweep.base, point.settings)
     raw |= {"name": f"{sweep.name}-best", "seed": sweep.spec.seeds[0]}
-    loss = f"held-out loss {point.loss():.4f}, mean of seeds {', '.join(map(str, sweep.spec.seeds))}"
-    return f"# Point {point.number} of the sweep {sweep.name}: {loss}.\n{yaml.safe_dump(raw, sort_keys=False)}"
+    said = f"# Point {point.number} of the sweep {sweep.name}: held-out loss {point.loss():.4f}, mean of seeds "
+    said += ", ".join(map(str, sweep.spec.seeds)) + ".\n"
+    if point.parent is not None:
+        said += (
+            f"# It was forked from point {point.parent} after {point.forked_at} updates, which had other settings.\n"
+        )
+    return said + yaml.safe_dump(raw, sort_keys=False)
 
 
 def page(sweep: Sweep, points: Sequence[Point], pictures: Sequence[str]) -> Iterator[str]:
