@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from relora_ray.parallel import World
 from relora_ray.report import summary
 from relora_ray.runs import load_trained, run_storage
 from relora_ray.storage import Storage
+from tests.s3 import BUCKET, Server
 from tests.tiny import losses, run, state_digest, tiny_config
 
 WARM = ("name=warm", "train.stop_after_steps=3")
@@ -66,6 +68,17 @@ def test_fork_of_a_warm_start_is_the_run_that_trained_it_itself(data: Path, tmp_
     state, after = run(cfg)
     assert losses(after) == {step: loss for step, loss in losses(records).items() if step > 3}
     assert state_digest(state) == state_digest(expected)
+
+
+def test_fork_on_a_server(data: Path, tmp_path: Path, moto: Server) -> None:
+    place = (f"storage=s3://{BUCKET}/forks", f"storage_options={json.dumps(moto.options)}")
+    run(tiny_config(data, tmp_path, *WARM, *place))
+    cfg = tiny_config(data, tmp_path, "name=child", "method.lora_rank=8", *place)
+    fork(cfg, "warm", 3)
+    assert [problem for _, problem in verify(run_storage(cfg), None)] == [""]
+    _, after = run(cfg)
+    _, records = run(tiny_config(data, tmp_path, "method.lora_rank=8"))
+    assert losses(after) == {step: loss for step, loss in losses(records).items() if step > 3}
 
 
 def test_fork_at_a_merge_has_its_parents_function(data: Path, tmp_path: Path) -> None:
