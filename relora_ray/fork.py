@@ -81,12 +81,13 @@ def warm_start_digest(cfg: RunConfig) -> str:
     decisive = {k: v for k, v in cfg.identity().items() if not k.startswith(MAY_DIFFER)}
     decisive |= {k: v for k, v in cfg.identity().items() if k.startswith("optimizer.")}
     decisive["skip"] = [step for step in cfg.train.skip_steps if step < cfg.warm_start_steps]
+    decisive["init_from"] = cfg.model.init_from
     decisive["multipliers"] = [lr_multiplier(step, cfg) for step in range(cfg.warm_start_steps)]
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _refuse_if_unfit(cfg: RunConfig, parent: RunConfig, name: str, step: int) -> None:
-    ours, theirs = cfg.identity(), parent.identity()
+    ours, theirs = (c.identity() | {"model.init_from": c.model.init_from} for c in (cfg, parent))
     differing = [
         key
         for key in sorted(ours.keys() | theirs.keys())

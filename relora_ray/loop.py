@@ -28,7 +28,7 @@ from relora_ray.data.tokens import Split, TokenRows
 from relora_ray.errors import CheckpointError, DamagedError, DivergedError, NonFiniteError, ReloraError, RolledBackError
 from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
-from relora_ray.metrics import MetricsLog, Record, StepTimer
+from relora_ray.metrics import MetricsLog, Record, StepTimer, perplexity
 from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
@@ -244,7 +244,7 @@ def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchS
         "kind": "eval",
         "step": state.position.step,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "tokens": int(tokens),
         "eval_s": time.perf_counter() - began,
     }

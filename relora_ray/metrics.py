@@ -112,6 +112,11 @@ def read_all(storage: Storage, kind: str) -> list[Record]:
     return read_kinds(storage)[kind]
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats per token; of a very large one, that of 700 nats, as no float holds it."""
+    return math.exp(min(loss, 700.0))
+
+
 def read(storage: Storage, kind: str) -> list[Record]:
     """One record of a kind per step, by step: the latest attempt's."""
     return latest(read_all(storage, kind))

@@ -122,9 +122,10 @@ def claim(cfg: RunConfig, *, dry_run: bool = False) -> RunConfig:
 def _copy_tokenizer(cfg: RunConfig, run: Storage) -> None:
     """What an export needs of the data, so that a run is whole without it."""
     data = data_storage(cfg)
-    if run.list("tokenizer"):  # of a first config that was corrected
-        run.delete("tokenizer")
-    for path in data.list("tokenizer"):
+    files = data.list("tokenizer")
+    for path in set(run.list("tokenizer")) - set(files):  # of a first config that was corrected
+        run.delete(path)
+    for path in files:  # put over what is there: others may claim the same run at this moment
         run.put(path, data.get(path))
     run.put(DATA, data.get("index.json"))
 

@@ -56,6 +56,7 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # of an agent that does not answer
     # Drained machines are this module's affair: Ray's own watcher would wait until all workers have ended.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page "Train", a sweep's runs too
 }
 """Environment of Ray Train's controller; what is set already stays."""
 

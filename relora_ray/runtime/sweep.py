@@ -30,20 +30,32 @@ from ray.util.queue import Empty, Queue
 
 from relora_ray.checkpoint import list_manifests, pin
 from relora_ray.config import RunConfig
-from relora_ray.errors import ConfigError, ReloraError, RunBusyError, RunFailedError, StoppedError
+from relora_ray.errors import ConfigError, DivergedError, ReloraError, RunBusyError, StoppedError
 from relora_ray.fork import fork, warm_start_digest
+from relora_ray.methods import build_method
 from relora_ray.runs import claim, read_config, run_storage
 from relora_ray.runtime import driver
 from relora_ray.runtime.lease import only_driver
 from relora_ray.storage import Storage
 from relora_ray.sweep.population import replacements
-from relora_ray.sweep.results import Point, held_out_loss, measured, put_point, read_point, read_points
-from relora_ray.sweep.space import WARM, Sweep, run_name
+from relora_ray.sweep.results import (
+    Point,
+    held_out_loss,
+    measured,
+    point_from_json,
+    put_point,
+    read_point,
+    read_points,
+    spent,
+)
+from relora_ray.sweep.space import WARM, Sweep, run_name, text
 from relora_ray.sweep.tpe import import_optuna, suggest
 
 logger = logging.getLogger(__name__)
 
 SWEEP = "sweep.yaml"
+GENERATIONS = "generations"
+"""Folder of who was replaced in a population, one object per decision, so that none is taken by half."""
 BUSY_S = 2.0
 """Between two looks at a warm start that another trial is training."""
 HEAD = {"CPU": 0.0, "node:__internal_head__": 0.001}
@@ -66,7 +78,25 @@ def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
         "data": sweep.base["data"] | {"path": first.data.path, "fingerprint": first.data.fingerprint},
         "model": sweep.base["model"] | {n: v for n in ("huggingface", "init_from") if (v := getattr(first.model, n))},
     }
-    return dataclasses.replace(sweep, base=base), sweep_storage(first)
+    sweep, folder = dataclasses.replace(sweep, base=base), sweep_storage(first)
+    _refuse_forks_between_boundaries(sweep)
+    if folder.exists(SWEEP):
+        _refuse_another(folder, sweep)
+    return sweep, folder
+
+
+def _refuse_forks_between_boundaries(sweep: Sweep) -> None:
+    if sweep.spec.population is None:
+        return
+    for number, settings in enumerate(sweep.possible_points):
+        method = build_method(sweep.config(number, settings, sweep.spec.seeds[0]))
+        for _, step in sweep.stops[:-1]:
+            if not method.is_boundary(step):
+                raise ConfigError(
+                    f"sweep.population compares points after {step} updates, and {text(settings)} has no boundary "
+                    f"there, so that nothing can be forked. With method.compat=reference merges come an update later "
+                    f"than cycles end: remove one of the two."
+                )
 
 
 def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
@@ -75,7 +105,7 @@ def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
     folder = sweep_storage(first)
     workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
     with only_driver(folder), driver.connected(first.model_copy(update={"cluster": workers})):
-        began = _claim(folder, sweep, first)
+        began = _claim(folder, sweep)
         points = {point.number: point for point in read_points(folder)}
         shared = _claim_warm_starts(sweep)
         with _listening(on_event) as queue:
@@ -94,23 +124,37 @@ def first_run(sweep: Sweep) -> RunConfig:
 
 
 _OPERATIONAL = ("trials", "concurrent", "max_tokens", "max_hours", "max_gpu_hours")
+"""Settings that decide no result; of a population `trials` does, as its points are numbered by it."""
 
 
-def _claim(folder: Storage, sweep: Sweep, first: RunConfig) -> float:
-    """Tie the folder to this sweep; when it first began, in Unix time. ConfigError if the folder is another's."""
+def _decisive(sweep: Sweep) -> dict[str, Any]:
+    """All that decides a sweep's results."""
+    first, spec = first_run(sweep), sweep.spec
+    exclude = set(_OPERATIONAL) - ({"trials"} if spec.population else set())
     mine = {
-        "sweep": sweep.spec.model_dump(mode="json", exclude=set(_OPERATIONAL)),
-        "identity": {k: v for k, v in first.identity().items() if k not in sweep.spec.space},
+        "sweep": spec.model_dump(mode="json", exclude=exclude),
+        "stops": [step for _, step in sweep.stops],
+        "eval_rows": first.train.eval_rows,
+        "identity": {k: v for k, v in first.identity().items() if k not in spec.space},
     }
-    mine = json.loads(json.dumps(mine))
+    return dict(json.loads(json.dumps(mine)))
+
+
+def _claim(folder: Storage, sweep: Sweep) -> float:
+    """Tie the folder to this sweep; when it first began, in Unix time. ConfigError if the folder is another's."""
     if not folder.exists(SWEEP):
-        folder.put(SWEEP, yaml.safe_dump(mine | {"began": time.time()}, sort_keys=False).encode())
+        folder.put(SWEEP, yaml.safe_dump(_decisive(sweep) | {"began": time.time()}, sort_keys=False).encode())
+    return _refuse_another(folder, sweep)
+
+
+def _refuse_another(folder: Storage, sweep: Sweep) -> float:
     known = yaml.safe_load(folder.get(SWEEP))
     began: float = known.pop("began")
-    if known != mine:
+    # Points are numbered by the order of the space's keys: compared as text, in which order counts.
+    if json.dumps(known) != json.dumps(_decisive(sweep)):
         raise ConfigError(
             f"{folder.url} holds another sweep than this config: {SWEEP} there says which. Only settings that decide "
-            f"no result may change. Set another name to start a new sweep."
+            f"no result may change, and the order of sweep.space is none. Set another name to start a new sweep."
         )
     return began
 
@@ -152,9 +196,9 @@ class _Trainer:
     def __init__(self, sweep: Sweep, shared: set[str], queue: Queue) -> None:
         self._sweep, self._shared, self._queue = sweep, shared, queue
 
-    def train(self, number: int, until: int) -> Iterator[tuple[int, Point]]:
-        """Bring a point from rung to rung, up to rung number `until`: yields the rung's number and the record, which is
-        stored. What it has come to before is given from the record."""
+    def train(self, number: int, until: int) -> Iterator[tuple[int, float]]:
+        """Bring a point from rung to rung, up to rung number `until`: yields the rung's number and the loss there, when
+        the record is stored. What it has come to before is given from the record."""
         sweep = self._sweep
         folder = sweep_storage(first_run(sweep))
         point = read_point(folder, number)
@@ -165,21 +209,24 @@ class _Trainer:
             if step <= point.forked_at:
                 continue
             if step in point.losses:
-                yield rung, point
+                yield rung, point.loss_at(step)
                 continue
             if state in ("halved", "replaced", "diverged") or rung > until:
                 return
             try:
                 losses = {seed: self._train_run(point, seed, step) for seed in sweep.spec.seeds}
-            except ReloraError as error:
-                diverged = "NonFiniteError" in str(error) or "DivergedError" in str(error)
-                point.state, point.why = "diverged" if diverged else "failed", str(error)
+            except Exception as error:
+                why = str(error) if isinstance(error, ReloraError) else f"{type(error).__name__}: {error}"
+                diverged = isinstance(error, DivergedError) or "NonFiniteError" in why or "DivergedError" in why
+                if not isinstance(error, ReloraError):
+                    logger.exception("point %d", number)
+                point.state, point.why = "diverged" if diverged else "failed", why
                 self._record(folder, point)
                 return
             point.losses[step] = losses
             point.state = "done" if step == sweep.stops[-1][1] else "begun"
             self._record(folder, point)
-            yield rung, point
+            yield rung, point.loss_at(step)
 
     def _train_run(self, point: Point, seed: int, step: int) -> float:
         """One run up to `step`; its held-out loss there."""
@@ -195,18 +242,28 @@ class _Trainer:
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"stop_after_steps": stop})})
         cfg = driver.preflight(cfg)
         self._say_begin(cfg, point)
-        driver.run(cfg, on_event=self._teller(cfg))
+        self._run(cfg, lambda storage: False)
         storage = run_storage(cfg)
         point.runs[seed] = measured(cfg, storage)
-        return held_out_loss(storage, step)
+        loss = held_out_loss(storage, step)
+        if loss is None:
+            raise DivergedError(f"the held-out loss after {step} updates is not finite.")
+        return loss
 
     def _train_warm_start(self, warm: RunConfig, point: Point) -> None:
         self._say_begin(warm, point)
-        while warm.warm_start_steps not in list_manifests(run_storage(warm)):
+        self._run(driver.preflight(warm), lambda storage: warm.warm_start_steps in list_manifests(storage))
+
+    def _run(self, cfg: RunConfig, is_done: Callable[[Storage], bool]) -> None:
+        """Train unless `is_done`, asked again while another process trains it: another trial, if it is a warm start, or
+        what is left of a trial of a killed sweep."""
+        while not is_done(run_storage(cfg)):
             try:
-                driver.run(driver.preflight(warm), on_event=self._teller(warm))
+                driver.run(cfg, on_event=self._teller(cfg))
             except RunBusyError:
                 time.sleep(BUSY_S)
+            else:
+                return
 
     def _say_begin(self, cfg: RunConfig, point: Point) -> None:
         event = {"kind": "begin", "number": point.number, "settings": point.settings, "seed": cfg.seed}
@@ -228,8 +285,8 @@ class _Trainer:
 def _trial(config: dict[str, Any], trainer: _Trainer) -> None:
     """The function that Tune runs in a process of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for rung, point in trainer.train(config["number"], config["until"]):
-        tune.report({"rung": rung, "loss": point.loss()})
+    for rung, loss in trainer.train(config["number"], config["until"]):
+        tune.report({"rung": rung, "loss": loss})
 
 
 TUNE = {
@@ -258,28 +315,36 @@ def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float,
             os.environ.setdefault(name, value)
         with _ending_when_told_to_stop():
             results = tuner.fit()
-    if results.errors:
-        raise RunFailedError(
-            f"{len(results.errors)} trial(s) ended with an error of their own; the first: {results.errors[0]}. Run the "
-            f"same command again to continue."
-        )
+    for result in results:
+        if result.error is not None and result.config is not None:  # its process was lost again and again
+            point = read_point(folder, result.config["number"])
+            point.state, point.why = "failed", f"its trial ended with an error of its own: {result.error}"
+            put_point(folder, point)
 
 
 @contextmanager
 def _ending_when_told_to_stop() -> Iterator[None]:
-    """SIGTERM raises StoppedError. Runs go on from their newest checkpoints when the sweep is started again."""
+    """SIGTERM ends the block as Ctrl-C does, with StoppedError. Runs go on from their newest checkpoints when the sweep
+    is started again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    told = threading.Event()
+
     def stop(*_: Any) -> None:
-        raise StoppedError(
-            "told to stop by SIGTERM. Run the same command again: every run goes on from its newest checkpoint."
-        )
+        told.set()
+        raise KeyboardInterrupt  # Tune takes an Exception for a trial's, and goes on
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if not told.is_set():
+            raise
+        raise StoppedError(
+            "told to stop by SIGTERM. Run the same command again: every run goes on from its newest checkpoint."
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -307,8 +372,7 @@ class _Points(Searcher):
         spec = self._spec
         if spec.max_hours and time.time() - self._began > spec.max_hours * 3600:
             return True
-        runs = [run for point in read_points(self._folder) for run in point.runs.values()]
-        tokens, gpu_s = (sum(run[name] for run in runs) for name in ("tokens", "gpu_s"))
+        tokens, gpu_s = spent(read_points(self._folder))
         return bool(spec.max_tokens and tokens >= spec.max_tokens) or bool(
             spec.max_gpu_hours and gpu_s >= spec.max_gpu_hours * 3600
         )
@@ -342,7 +406,9 @@ class _Generations(_Points):
 
     def suggest(self, trial_id: str) -> Any:
         if not self._waiting and not self._under_way:
-            if self._generation == len(self._stops) - 1 or self._is_spent():
+            if self._generation == len(self._stops) - 1:
+                return Searcher.FINISHED
+            if not self._folder.exists(self._decision) and self._is_spent():
                 return Searcher.FINISHED
             self._replace()
         if not self._waiting:
@@ -355,20 +421,25 @@ class _Generations(_Points):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._under_way.discard(trial_id)
 
+    @property
+    def _decision(self) -> str:
+        return f"{GENERATIONS}/{self._generation:04d}.json"
+
     def _replace(self) -> None:
-        size, step = len(self._members), self._stops[self._generation][1]
-        known = {
-            n: self._points[number]
-            for n in range(size)
-            if (number := size * (self._generation + 1) + n) in self._points
-        }
+        step = self._stops[self._generation][1]
         members = [read_point(self._folder, number) for number in self._members]
-        for position, child in (known or replacements(self._spec, members, self._generation, step)).items():
+        if not self._folder.exists(self._decision):
+            decided = replacements(self._spec, members, self._generation, step)
+            self._folder.put(
+                self._decision, json.dumps({n: child.to_json().decode() for n, child in decided.items()}).encode()
+            )
+        stored = json.loads(self._folder.get(self._decision))
+        for position, child in ((int(n), point_from_json(record)) for n, record in stored.items()):
             assert child.parent is not None
             for seed in self._seeds:  # before the parent goes on, and prunes what is to be forked
                 pin(self._folder.child(run_name(child.parent, seed)), run_name(child.number, seed), step)
             self._add(child)
-            if members[position].state == "begun":
+            if members[position].state in ("begun", "failed"):
                 members[position].state = "replaced"
                 put_point(self._folder, members[position])
             self._members[position] = child.number
@@ -400,10 +471,14 @@ class _Halving(AsyncHyperBandScheduler):
             return TrialScheduler.CONTINUE  # it ends by itself, or has gone on before
         if before is not None and before.last_rung == step and before.state == "halved":
             return TrialScheduler.STOP
+        if before is not None and before.passed >= step:
+            return TrialScheduler.CONTINUE
+        point = read_point(self._folder, number)
         if decision == TrialScheduler.STOP:
-            point = read_point(self._folder, number)
             point.state = "halved"
-            put_point(self._folder, point)
+        else:
+            point.passed = step
+        put_point(self._folder, point)
         return decision
 
 

@@ -45,4 +45,7 @@ def _moved(dimension: Dimension, value: Value, factor: float, generator: random.
     if isinstance(dimension, tuple):
         return dimension[min(max(dimension.index(value) + direction, 0), len(dimension) - 1)]
     assert not isinstance(value, str)
-    return dimension.nearest(value * factor**direction)
+    moved = value * factor**direction
+    if dimension.whole and direction:
+        moved = max(moved, value + 1) if direction > 0 else min(moved, value - 1)
+    return dimension.nearest(moved)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from relora_ray.metrics import size_text
+from relora_ray.metrics import perplexity, size_text
 from relora_ray.plots import pyplot
 from relora_ray.storage import Storage
 from relora_ray.sweep.results import Point, best, importance, pareto, ranking, to_csv
@@ -56,8 +56,8 @@ def page(sweep: Sweep, points: Sequence[Point], pictures: Sequence[str]) -> Iter
         f"{sweep.rungs[-1]:,} updates a run.\n"
     )
     if found is not None:
-        perplexity = math.exp(found.loss())
-        yield f"Best: {text(found.settings)}, held-out loss {found.loss():.4f}, perplexity {perplexity:.2f}.\n"
+        value = perplexity(found.loss())
+        yield f"Best: {text(found.settings)}, held-out loss {found.loss():.4f}, perplexity {value:.2f}.\n"
     yield from compute(sweep, points)
     names = list(spec.space)
     yield (
@@ -66,7 +66,10 @@ def page(sweep: Sweep, points: Sequence[Point], pictures: Sequence[str]) -> Iter
     yield "|---" * (len(names) + 8) + "|"
     for point in ranking(points):
         yield _row(point, names)
-    yield "\nState: weights, gradients and moments after the warm start, by shape. Loss in nats per token, held-out.\n"
+    said = "State: weights, gradients and moments after the warm start, by shape. Loss in nats per token, held-out"
+    yield f"\n{said}{'; ± is the standard deviation over seeds' if len(spec.seeds) > 1 else ''}.\n"
+    if spec.halving or spec.population:
+        yield "What follows is of points that came to the end, which were the better ones on the way.\n"
     if sum(point.state == "done" for point in points) > 2:
         yield "## What matters\n"
         yield "| key | share of the variance | 90 % of resamples |"
@@ -118,7 +121,7 @@ def _row(point: Point, names: Sequence[str]) -> str:
     seeds = ", ".join(f"{loss:.4f}" for loss in by.values())
     ended = "" if point.state == "done" else f" {point.state}"
     return (
-        f"| {point.number} | {settings} | {loss} | {seeds} | {math.exp(statistics.fmean(by.values())):.2f} | "
+        f"| {point.number} | {settings} | {loss} | {seeds} | {perplexity(statistics.fmean(by.values())):.2f} | "
         f"{point.mean('tokens_per_s'):,.0f} | {size_text(point.mean('state_bytes'))} | "
         f"{size_text(point.mean('peak_memory_bytes'))} | {point.last_rung:,}{ended} |"
     )
@@ -215,11 +218,10 @@ def _height(values: list[Value], value: Value) -> float:
 def _front(name: str, label: str, larger: bool, points: list[Point]) -> bytes:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    axis.scatter([p.mean(name) for p in points], [math.exp(p.loss()) for p in points], color="0.6", s=18)
+    axis.scatter([p.mean(name) for p in points], [perplexity(p.loss()) for p in points], color="0.6", s=18)
     front = sorted(pareto(points, name, larger=larger), key=lambda p: p.mean(name))
-    axis.plot(
-        [p.mean(name) for p in front], [math.exp(p.loss()) for p in front], "o-", color="tab:blue", label="Pareto front"
-    )
+    across, up = [p.mean(name) for p in front], [perplexity(p.loss()) for p in front]
+    axis.plot(across, up, "o-", color="tab:blue", label="Pareto front")
     axis.set_xlabel(label)
     axis.set_ylabel("perplexity")
     axis.legend()

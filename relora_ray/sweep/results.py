@@ -23,7 +23,7 @@ from relora_ray import metrics
 from relora_ray.config import RunConfig
 from relora_ray.runs import FORK
 from relora_ray.storage import Storage
-from relora_ray.sweep.space import Settings, Value
+from relora_ray.sweep.space import WARM, Settings, Value
 
 POINTS = "points"
 STATES = ("begun", "done", "halved", "replaced", "diverged", "failed")
@@ -48,6 +48,8 @@ class Point:
     """Of a population: the point that it was forked from, ..."""
     forked_at: int = 0
     """... after so many updates."""
+    passed: int = 0
+    """The last rung, in updates, at which halving let it go on."""
 
     @property
     def last_rung(self) -> int:
@@ -89,8 +91,8 @@ def read_points(sweep: Storage) -> list[Point]:
     return [point_from_json(sweep.get(path)) for path in sorted(sweep.list(POINTS))]
 
 
-def held_out_loss(run: Storage, step: int) -> float:
-    """After `step` updates. KeyError if it was not evaluated there."""
+def held_out_loss(run: Storage, step: int) -> float | None:
+    """After `step` updates, None if it was not finite. KeyError if it was not evaluated there."""
     return {record["step"]: record["loss"] for record in metrics.read(run, "eval")}[step]
 
 
@@ -121,6 +123,18 @@ def state_bytes(cfg: RunConfig, num_parameters: int, num_trainable: int) -> int:
     for a weight that is trained (weight, gradient and two moments in fp32)."""
     frozen = {"fp32": 4, "bf16_int8": 3, "bf16": 2}[getattr(cfg.method, "frozen_weights", "fp32")]
     return (num_parameters - num_trainable) * frozen + num_trainable * 16
+
+
+def spent(points: Sequence[Point]) -> tuple[float, float]:
+    """Tokens and GPU seconds that these points have cost, a shared warm start counted once: its GPU seconds at the
+    speed of the runs that were forked from it."""
+    runs = [run for point in points for run in point.runs.values()]
+    warm = {run["forked_from"]: run for run in runs if run["forked_from"].startswith(WARM)}
+    tokens, gpu_s = (
+        sum(run[name] for run in runs) + sum(run[name] * run["forked_at"] / run["steps"] for run in warm.values())
+        for name in ("tokens", "gpu_s")
+    )
+    return tokens, gpu_s
 
 
 def ranking(points: Sequence[Point]) -> list[Point]:

@@ -23,7 +23,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import product
+from itertools import count, product
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -38,8 +38,11 @@ Settings = dict[str, Value]
 """One point: values by dotted key."""
 
 MAX_POINTS = 10_000
-DECIDED = ("name", "storage", "storage_options", "seed", "train.stop_after_steps", "cluster.")
-"""Keys that a sweep sets itself or that make no difference to a result."""
+DECIDED = (
+    "name", "storage", "storage_options", "seed", "train.stop_after_steps", "train.eval_", "cluster.", "checkpoint.",
+    "data.path", "data.fingerprint",
+)  # fmt: skip
+"""Keys that a sweep sets itself, that make no difference to a result, or that decide how points are compared."""
 
 
 class Range(Section):
@@ -66,6 +69,8 @@ class Range(Section):
             value = math.exp(math.log(self.min) + share * (math.log(self.max) - math.log(self.min)))
         else:
             value = self.min + share * (self.max - self.min)
+            if self.whole:  # each equally often, the ends too
+                value = math.floor(self.min + share * (self.max - self.min + 1))
         return self.nearest(value)
 
     def nearest(self, value: float) -> int | float:
@@ -143,6 +148,11 @@ class SweepConfig(Section):
             raise ValueError(f"sweep.trials={self.trials} with sweep.search=grid: a grid has its own number of points.")
         if self.search != "grid" and self.trials is None:
             raise ValueError(f"sweep.trials is missing: sweep.search={self.search} has no end of its own. Set it.")
+        if self.search == "random" and self.trials and self.trials > (number := self._combinations()):
+            raise ValueError(
+                f"sweep.trials={self.trials} with sweep.search=random: sweep.space has {number:.0f} combinations, and "
+                f"each is tried once. Use fewer trials, or sweep.search=grid."
+            )
         if self.objectives[0] != "loss" or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"sweep.objectives={list(self.objectives)} must begin with loss and name each once.")
         if len(self.objectives) > 1 and self.search != "tpe":
@@ -155,6 +165,11 @@ class SweepConfig(Section):
         if len(self.objectives) > 1 and self.halving:
             raise ValueError("sweep.halving compares by loss alone: give one objective, or remove it.")
         return self
+
+    def _combinations(self) -> float:
+        return math.prod(
+            len(d) if isinstance(d, tuple) else d.max - d.min + 1 if d.whole else math.inf for d in self.space.values()
+        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,8 @@ class Sweep:
 
     @property
     def possible_points(self) -> list[Settings]:
-        """The points, or for a search that chooses as it goes the corners of where it may come to."""
+        """The points; where points are chosen as it goes, what they may come to besides: lists and ends of ranges in
+        all combinations, and every value of a range of whole numbers with one of them."""
         return _possible_points(self.spec)
 
     @property
@@ -218,6 +234,11 @@ def load_sweep(path: str, overrides: list[str] | None = None) -> Sweep:
     plain = check(raw)  # what every point starts from must itself be a run
     configs = {json.dumps(s): _config(raw, n, s, spec.seeds[0]) for n, s in enumerate(_possible_points(spec))}
     rungs = _rungs(list(configs.values()))
+    if spec.max_gpu_hours and not plain.cluster.gpus_per_worker:
+        raise ConfigError(
+            f"sweep.max_gpu_hours={spec.max_gpu_hours:g} with cluster.gpus_per_worker=0 would never end the sweep. Use "
+            f"sweep.max_hours or sweep.max_tokens."
+        )
     needed = {"halving.first_rung": spec.halving and spec.halving.first_rung,
               "population.every_rungs": spec.population and spec.population.every_rungs}  # fmt: skip
     for name, first in needed.items():
@@ -251,20 +272,32 @@ def _points(spec: SweepConfig) -> list[Settings]:
         return _combinations(spec, [_listed(dimension) for dimension in spec.space.values()])
     if spec.search == "random":
         assert spec.trials is not None
-        return [_drawn(spec, number) for number in range(spec.trials)]
+        drawn: dict[str, Settings] = {}
+        for number in range(spec.trials):
+            attempts = (_drawn(spec, number, attempt) for attempt in count())
+            found = next(point for point in attempts if json.dumps(point) not in drawn)
+            drawn[json.dumps(found)] = found
+        return list(drawn.values())
     return []
 
 
 def _possible_points(spec: SweepConfig) -> list[Settings]:
-    if spec.search == "tpe":
-        ends = [d if isinstance(d, tuple) else (d.at(0.0), d.at(1.0)) for d in spec.space.values()]
-        return _combinations(spec, ends)
-    return _points(spec)
+    points = _points(spec)
+    if spec.search != "tpe" and not spec.population:
+        return points
+    corners = _combinations(spec, [d if isinstance(d, tuple) else (d.at(0.0), d.at(1.0)) for d in spec.space.values()])
+    between = [
+        corners[0] | {name: value}
+        for name, d in spec.space.items()
+        if isinstance(d, Range) and d.whole
+        for value in range(int(d.min) + 1, min(int(d.max), int(d.min) + MAX_POINTS))
+    ]
+    return list({json.dumps(point): point for point in points + corners + between}.values())
 
 
 def _combinations(spec: SweepConfig, values: list[tuple[Value, ...]]) -> list[Settings]:
-    if (count := math.prod(map(len, values))) > MAX_POINTS:
-        raise ConfigError(f"sweep.space has {count:,} combinations, more than {MAX_POINTS:,}. Shorten its lists.")
+    if (number := math.prod(map(len, values))) > MAX_POINTS:
+        raise ConfigError(f"sweep.space has {number:,} combinations, more than {MAX_POINTS:,}. Shorten its lists.")
     return [dict(zip(spec.space, point, strict=True)) for point in product(*values)]
 
 
@@ -273,10 +306,10 @@ def _listed(dimension: Dimension) -> tuple[Value, ...]:
     return dimension
 
 
-def _drawn(spec: SweepConfig, number: int) -> Settings:
+def _drawn(spec: SweepConfig, number: int, attempt: int) -> Settings:
     point: Settings = {}
     for name, dimension in spec.space.items():
-        generator = random.Random(key(spec.seed, "sweep", number, name))
+        generator = random.Random(key(spec.seed, "sweep", number, name, *([attempt] if attempt else [])))
         point[name] = generator.choice(dimension) if isinstance(dimension, tuple) else dimension.at(generator.random())
     return point
 

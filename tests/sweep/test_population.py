@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
-from relora_ray.sweep.population import replacements
+from relora_ray.sweep.population import _moved, replacements
 from relora_ray.sweep.results import Point
-from relora_ray.sweep.space import SweepConfig
+from relora_ray.sweep.space import Range, SweepConfig
 from tests.sweep.test_results import point
 from tests.sweep.test_space import sweep
 
@@ -56,6 +57,18 @@ def test_what_became_of_a_member_later_does_not_change_the_decision(tmp_path: Pa
     members[0].losses[9], members[0].state = {1: 0.5, 2: 0.5}, "diverged"
     members[7].state = "replaced"
     assert replacements(spec(tmp_path), members, 0, 6) == before
+
+
+def test_who_failed_is_replaced_besides(tmp_path: Path) -> None:
+    """It came to no rung, and no later start may find its place empty."""
+    members = [member(n, float(n + 1)) for n in range(8)]
+    members[2].losses, members[2].state = {}, "failed"
+    assert replacements(spec(tmp_path), members, 0, 6).keys() == {2, 6, 7}
+
+
+def test_whole_number_moves_though_the_factor_is_small() -> None:
+    moved = {_moved(Range(min=1, max=8, whole=True), 2, 1.1, random.Random(n)) for n in range(40)}
+    assert moved == {1, 2, 3}
 
 
 def test_every_rung_counts(tmp_path: Path) -> None:

@@ -14,7 +14,17 @@ import yaml
 from relora_ray.config_file import parse_config
 from relora_ray.storage import Storage
 from relora_ray.sweep.report import write_up
-from relora_ray.sweep.results import Point, best, importance, pareto, point_from_json, ranking, state_bytes, to_csv
+from relora_ray.sweep.results import (
+    Point,
+    best,
+    importance,
+    pareto,
+    point_from_json,
+    ranking,
+    spent,
+    state_bytes,
+    to_csv,
+)
 from tests.sweep.test_space import sweep
 from tests.tiny import tiny_config
 
@@ -43,6 +53,15 @@ def test_best_is_of_those_that_came_to_the_end() -> None:
     assert found.number == 1
     assert [p.number for p in ranking(points)] == [1, 0, 2, 3]
     assert best(points[2:]) is None
+
+
+def test_shared_warm_start_is_spent_once() -> None:
+    points = [point(0, 3.0), point(1, 2.5)]  # 4 runs of 9 updates with 1,296 tokens, and one warm start of 3
+    for one in points:
+        for run in one.runs.values():
+            run["gpu_s"] = 18.0
+    assert spent(points) == (4 * 1296 + 432, 4 * 18 + 6)
+    assert spent([]) == (0, 0)
 
 
 def test_pareto_front() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 def sweep(tmp_path: Path, *overrides: str, **spec: object) -> Sweep:
     path = tmp_path / "sweep.yaml"
     space = {"method.lora_rank": [2, 8], "method.merge_every_steps": [3, 9]}
-    path.write_text(yaml.safe_dump(yaml.safe_load(TINY) | {"sweep": {"space": space} | spec}))
+    path.write_text(yaml.safe_dump(yaml.safe_load(TINY) | {"sweep": {"space": space} | spec}, sort_keys=False))
     return load_sweep(str(path), list(overrides))
 
 
@@ -57,6 +57,26 @@ def test_random_points_follow_from_seed_and_number(tmp_path: Path) -> None:
     assert 1e-4 <= rates[0] < 1e-3 < rates[20] < rates[-1] <= 1e-1, "spread over the decades"
 
 
+def test_random_search_tries_nothing_twice(tmp_path: Path) -> None:
+    space = {"method.lora_rank": [2, 4, 8], "schedule.warmup_steps": {"min": 1, "max": 3, "whole": True}}
+    points = sweep(tmp_path, space=space, search="random", trials=9).points
+    assert sorted(tuple(point.values()) for point in points) == [(r, w) for r in (2, 4, 8) for w in (1, 2, 3)]
+
+
+def test_whole_range_has_every_value_equally_often() -> None:
+    drawn = [Range(min=1, max=3, whole=True).at((i + 0.5) / 300) for i in range(300)]
+    assert [drawn.count(n) for n in (1, 2, 3)] == [100, 100, 100]
+    assert Range(min=1, max=3, whole=True).at(1.0) == 3
+
+
+def test_what_is_chosen_as_it_goes_is_checked_in_all_combinations(tmp_path: Path) -> None:
+    space = {"method.lora_rank": [2, 4], "schedule.warmup_steps": {"min": 1, "max": 3, "whole": True}}
+    found = sweep(tmp_path, space=space, search="tpe", trials=5)
+    assert found.points == []
+    possible = {tuple(point.values()) for point in found.possible_points}
+    assert possible == {(2, 1), (2, 3), (4, 1), (4, 3), (2, 2)}
+
+
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1e-4), (0.5, 1e-3), (1.0, 1e-2)])
 def test_range_in_the_logarithm(share: float, value: float) -> None:
     assert Range(min=1e-4, max=1e-2, log=True).at(share) == pytest.approx(value)
@@ -90,6 +110,14 @@ def test_range_in_the_logarithm(share: float, value: float) -> None:
             {"space": {"method.lora_rank": {"min": 2, "max": 64, "whole": True}}, "search": "tpe", "trials": 4},
             "the point lora_rank=64 is no run",
         ),
+        (
+            {"space": {"method.lora_rank": [2, 64]}, "search": "random", "trials": 1, "seed": 2, "population": {},
+             "share_warm_start": False},
+            "the point lora_rank=64 is no run",
+        ),
+        ({"search": "random", "trials": 5}, "sweep.space has 4 combinations, and each is tried once. Use fewer"),
+        ({"max_gpu_hours": 2.5}, "sweep.max_gpu_hours=2.5 with cluster.gpus_per_worker=0 would never end the sweep"),
+        ({"space": {"train.eval_rows": [1, 2]}}, "sweep.space.train.eval_rows is not for a sweep to search"),
         ({"space": {"optimizer.learning_rate": list(range(1, 102)), "train.log_every_steps": list(range(1, 102))}},
          "10,201 combinations, more than 10,000"),
     ],
