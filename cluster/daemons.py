@@ -34,6 +34,14 @@ def ray_command(*args: str) -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts", *args]
 
 
+MARK = "RELORA_RAY_HEAD"
+"""In the environment of all that a head and its machines start: the head's folder."""
+
+
+class StartError(Exception):
+    """What was started did not come up; the text has the end of its log."""
+
+
 class RayNode:
     """`ray start --block` and everything that it starts."""
 
@@ -46,13 +54,20 @@ class RayNode:
         with open(log, "wb") as out:
             # A session of its own: Ctrl-C is for this process, which may want to go on.
             self._process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+        try:
+            self._wait_until_there(log)
+        except BaseException:  # Ctrl-C too: nobody else knows of it yet
+            self.kill()
+            raise
+
+    def _wait_until_there(self, log: Path) -> None:
         for _ in range(600):
-            assert self._process.poll() is None, log.read_text()[-2000:]
             if "will now block" in log.read_text():
                 return
+            if not self.is_alive:
+                raise StartError(f"a Ray node ended as it started: {log.read_text()[-2000:]}")
             time.sleep(0.2)
-        self.kill()
-        raise AssertionError(f"not there after two minutes: {log.read_text()[-2000:]}")
+        raise StartError(f"a Ray node is not there after two minutes: {log.read_text()[-2000:]}")
 
     @property
     def is_alive(self) -> bool:
@@ -93,6 +108,7 @@ class Head:
         here = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs say `python`
         self.env = {**os.environ, "PATH": here, "RAY_AUTH_MODE": "disabled", **(env or {})}
         self.env.pop("RAY_ADDRESS", None)
+        self.env[MARK] = str(self.folder)
         self._dashboard_port = dashboard_port or free_port()
         self._node: RayNode | None = None
         self.address, self.dashboard = f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{self._dashboard_port}"
@@ -114,7 +130,7 @@ class Head:
             if asked.returncode == 0:
                 return
             time.sleep(0.2)
-        raise AssertionError(f"no jobs can be submitted: {asked.stderr[-2000:]}")
+        raise StartError(f"no jobs can be submitted: {asked.stderr[-2000:]}")
 
     def add(self, name: str) -> RayNode:
         """A machine of one CPU."""
@@ -122,9 +138,13 @@ class Head:
         return RayNode(options, self.env, self.folder / f"{name}.log")
 
     def stop(self) -> None:
-        """SIGKILL, and away with its files."""
+        """SIGKILL, and away with its files. What outlives its machine for a while, to be used again, goes too."""
         if self._node:
             self._node.kill()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self.folder):
+                    process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -158,14 +178,25 @@ def start_server(
     """Returns when anything answers there, be it an error."""
     with open(log, "ab") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(endpoint, timeout=5)
-        except urllib.error.HTTPError:
-            return process
-        except OSError:
-            assert process.poll() is None, f"it ended with {process.returncode}: {log.read_text()[-2000:]}"
+    try:
+        for _ in range(600):
+            if _answers(endpoint):
+                return process
+            if process.poll() is not None:
+                raise StartError(f"{command[0]} ended with {process.returncode}: {log.read_text()[-2000:]}")
             time.sleep(0.1)
-        else:
-            return process
-    raise AssertionError(f"no answer from {endpoint} in a minute")
+        raise StartError(f"no answer from {endpoint} in a minute")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        urllib.request.urlopen(endpoint, timeout=5)
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cluster.daemons import Head, RayNode, S3Folder, free_port, ray_command
+from cluster.daemons import Head, RayNode, S3Folder, StartError, free_port, ray_command
 from relora_ray.errors import ReloraError
 from relora_ray.metrics import latest, read_kinds
 from relora_ray.status import status
@@ -124,7 +124,7 @@ class Playground(cmd.Cmd):
     def onecmd(self, line: str) -> bool:
         try:
             return bool(super().onecmd(line))
-        except (Refused, ReloraError) as error:
+        except (Refused, ReloraError, StartError) as error:
             print(error)
         except KeyboardInterrupt:
             print("interrupted; `quit` ends everything")

@@ -27,7 +27,7 @@ VALUES = {
     "SECURITY_GROUP": "sg-0123456789abcdef0", "IMAGE": "registry.example/relora:1", "REGISTRY": "registry.example",
     "GCP_REGION": "us-central1", "GCP_ZONE": "us-central1-a", "GCP_PROJECT": "a-project",
     "VM_IMAGE": "projects/p/global/images/i", "SPOT_LABEL": "cloud.example/spot", "SPOT_VALUE": "true",
-    "STORAGE": "s3://bucket/runs", "DATA": "s3://bucket/data",
+    "SIZE": "250m", "STORAGE": "s3://bucket/runs", "DATA": "s3://bucket/data",
 }  # fmt: skip
 
 
@@ -59,8 +59,36 @@ def test_ray_up_takes_the_file(cloud: str, tmp_path: Path, monkeypatch: pytest.M
     assert prepared["available_node_types"]["spot"]["max_workers"] == 4
     commands = " ".join(prepared["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in commands
-    assert "RAY_AUTH_MODE=token" in commands
+    docker = prepared["docker"]
+    assert "--env RAY_AUTH_MODE=token" in docker["run_options"]
+    assert docker["worker_run_options"] == ["--gpus all"]
     assert f"notice {cloud}" in " ".join(prepared["worker_start_ray_commands"])
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_listener_is_started_anew_and_the_shell_that_does_it_lives(cloud: str, tmp_path: Path) -> None:
+    """The commands as Ray quotes them; pkill's pattern is looked for with pgrep, as others' listeners may be here."""
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    commands = yaml.safe_load(filled(CLUSTER / cloud / "cluster.yaml"))["worker_start_ray_commands"]
+    (kill,) = (command for command in commands if "pkill" in command)
+    stub = tmp_path / "pkill"
+    stub.write_text('#!/bin/sh\nexec pgrep -a "$@"\n')
+    stub.chmod(0o755)
+    (start,) = (command for command in commands if "nohup" in command)
+    module, listener = re.search(r"-m ([\w.]+)", start), "import time; time.sleep(60)"
+    assert module is not None
+    decoy = subprocess.Popen([sys.executable, "-c", listener, "-m", module[1], str(tmp_path)])
+    try:
+        shell = " ".join(_with_interactive(kill.replace("pkill", str(stub))))
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    finally:
+        decoy.kill()
+        decoy.wait()
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()
+    assert any(line.startswith(f"{decoy.pid} ") for line in found)
+    assert not [line for line in found if "bash" in line], "it would have killed the shell that starts the next one"
 
 
 def test_ec2_knows_every_key_of_the_aws_file() -> None:
@@ -172,6 +200,12 @@ def test_kuberay_takes_the_manifest(file: str, crd: str) -> None:
     worker = cluster["workerGroupSpecs"][0]["template"]["spec"]
     leave = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert int(leave[-1]) < worker["terminationGracePeriodSeconds"]
+    (term,) = cluster["headGroupSpec"]["template"]["spec"]["affinity"]["nodeAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]["nodeSelectorTerms"]
+    (rule,) = term["matchExpressions"]
+    assert {rule["key"]: rule["values"][0]} == worker["nodeSelector"], "the head keeps off where workers are"
+    assert rule["operator"] == "NotIn"
     worker["containers"][0]["lifecycl"] = {}
     with pytest.raises(jsonschema.ValidationError, match="lifecycl"):
         jsonschema.validate(manifest, schema)
@@ -212,6 +246,13 @@ def test_dockerfiles_commands_install_what_a_job_needs(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", "\n".join(script)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     env.pop("PYTHONPATH", None)
-    for command in (["ray", "--version"], ["python", "-m", "relora_ray.launch", "--help"]):
+    providers = (  # what the head's autoscaler imports, in the clouds that cluster/ has files for
+        "import ray.autoscaler._private.aws.node_provider, ray.autoscaler._private.gcp.node_provider, gcsfs"
+    )
+    for command in (
+        ["ray", "--version"],
+        ["python", "-c", providers],
+        ["python", "-m", "relora_ray.launch", "--help"],
+    ):
         done = subprocess.run([bin_folder / command[0], *command[1:]], cwd=tmp_path, env=env, capture_output=True)
         assert done.returncode == 0, done.stderr[-2000:]

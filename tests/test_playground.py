@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,12 @@ SHORT = (
 
 
 def test_machines_and_a_run_at_the_prompt(data: Path) -> None:
-    """A run trains on two machines and is stopped; machines come and go; nothing outlives the prompt."""
+    """A run trains on two machines and is stopped; machines come and go; nothing outlives the prompt, not even of a run
+    that goes on."""
     commands = (
         "machines", "frobnicate", "kill m9", f"run x {SHORT}", "wait x workers 2", "run x", "wait x 5", "stop x",
-        "wait x 50", "status x", "compare x x", "kill m2", "machines", "add m2", "add m3", "drain m3 1", "quit",
+        "wait x 50", "status x", "compare x x", "kill m2", "machines", "add m2", "add m3", "drain m3 1",
+        f"run y {SHORT}", "wait y 5", "quit",
     )  # fmt: skip
     command = [sys.executable, "-m", "cluster.local", "--data", str(data)]
     done = subprocess.run(command, cwd=ROOT, input="\n".join(commands), capture_output=True, text=True, timeout=300)
@@ -39,7 +42,11 @@ def test_machines_and_a_run_at_the_prompt(data: Path) -> None:
         assert expected in said, f"{expected!r} is not in\n{said}"
     folder = said.partition("RAY_AUTH_TOKEN_PATH=")[2].partition("/auth_token")[0]
     assert not Path(folder).exists()
-    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if folder in " ".join([*process.cmdline(), *process.environ().values()]):
+                left.append(process.cmdline())
     assert not left
 
 

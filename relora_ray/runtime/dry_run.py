@@ -22,6 +22,8 @@ from relora_ray.errors import ReloraError
 from relora_ray.runs import data_storage, open_data, run_storage
 from relora_ray.runtime.driver import connected
 
+KUBERNETES = "KUBERNETES_SERVICE_HOST"
+"""Kubernetes sets it in every container."""
 AUTOSCALING = "~/ray_bootstrap_config.yaml"
 """What `ray up` leaves on the head: the kinds of machines, and how many there may be."""
 
@@ -95,6 +97,8 @@ def _machines(cfg: RunConfig) -> tuple[bool, str]:
     text = f"{wanted}: {now} fit now, {at_most} when the cluster has grown" if at_most else f"{wanted}: {now} fit now"
     if max(now, at_most or 0) >= cfg.min_workers:
         return True, text
+    if at_most is None and os.environ.get(KUBERNETES):
+        return True, f"{text}. The run will wait for more: KubeRay's maxReplicas says how many can come"
     advice = "Lower cluster.min_workers or what a worker takes, or let the cluster grow further"
     if at_most is None:
         advice = f"Unless an autoscaler brings more ({AUTOSCALING} does not say), the run will wait for them"

@@ -33,6 +33,8 @@ GCP_NOTICE_S = 30.0
 """Google does not say until when. cloud.google.com/compute/docs/instances/spot: "up to 30 seconds"."""
 POLL_S = 5.0
 CALL_S = 10.0
+START_S = 60.0
+"""A machine that has just started reaches its metadata server within this."""
 TOKEN_S = 21600
 """How long a token of AWS's metadata server lasts, and one is taken for; the longest that it gives."""
 
@@ -135,6 +137,21 @@ def leave(address: str, node_ids: list[str], ip: str, seconds: float) -> bool:
     return False
 
 
+def _first_look(look: Look, within_s: float = START_S) -> OSError | None:
+    """None when the metadata server answers; a machine that has just started may have to wait for it."""
+    until = time.monotonic() + within_s
+    while True:
+        try:
+            look()
+        except OSError as error:
+            is_answer = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if is_answer or time.monotonic() > until:
+                return error
+            time.sleep(1.0)
+        else:
+            return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.runtime.notice", description=(__doc__ or "").splitlines()[0]
@@ -161,9 +178,7 @@ def main() -> int:
     look = {"aws": look_at_aws, "gcp": look_at_gcp}[args.source](
         args.metadata_url or {"aws": AWS, "gcp": GCP}[args.source]
     )
-    try:
-        look()
-    except OSError as error:
+    if (error := _first_look(look)) is not None:
         print(f"{args.source}'s metadata server does not answer: {error}. Is this machine there?", file=sys.stderr)
         return 1
     logger.info("listening for %s to take this machine (%s) away", args.source, ip)

@@ -102,5 +102,9 @@ def test_cluster_of_ray_address_is_looked_at(cfg: RunConfig, monkeypatch: pytest
         larger = cfg.model_copy(update={"cluster": cfg.cluster.model_copy(update={"workers": 3, "min_workers": 2})})
         line = found(larger)[-1]
         assert line.startswith("PROBLEM  machines 2 to 3 workers of 1 CPU(s) and 0 GPU(s): 1 fit now. Unless an autosc")
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+        assert found(larger)[-1].startswith(
+            "ok       machines 2 to 3 workers of 1 CPU(s) and 0 GPU(s): 1 fit now. The run"
+        )
     finally:
         machines.shutdown()

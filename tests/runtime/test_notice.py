@@ -7,14 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from relora_ray.runtime.elastic import _draining
-from relora_ray.runtime.notice import leave, look_at_aws, look_at_gcp, nodes_of
+from relora_ray.runtime.notice import _first_look, leave, look_at_aws, look_at_gcp, nodes_of
 from tests.cluster import Machines
 
 Metadata = tuple[str, dict[str, str]]
@@ -74,6 +76,19 @@ def test_notices_are_understood(metadata: Metadata) -> None:
     deadline = gcp()
     assert deadline == pytest.approx(time.time() + 30, abs=5)
     assert gcp() == deadline, "counted from when it was first seen"
+
+
+def test_metadata_server_that_is_not_there_yet_is_waited_for() -> None:
+    said: list[OSError | None] = [OSError("no route"), urllib.error.HTTPError("", 503, "busy", Message(), None), None]
+
+    def look() -> None:
+        if (error := said.pop(0)) is not None:
+            raise error
+
+    assert _first_look(look) is None
+    assert said == []
+    said.append(OSError("no route"))
+    assert str(_first_look(look, within_s=-1.0)) == "no route"
 
 
 def test_not_on_a_cloud_is_said(metadata: Metadata) -> None:
