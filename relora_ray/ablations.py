@@ -140,7 +140,7 @@ class Results:
 # What a result does not depend on; all else, how it is evaluated and rounded included, makes another run.
 _ELSEWHERE = (
     "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.", "train.log_every_steps",
-    "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",  # see run_one
+    "train.divergence_", "train.max_rollbacks", "train.stop_after_steps", "train.effective_weights",  # see run_one
 )  # fmt: skip
 
 

@@ -342,6 +342,10 @@ class TrainConfig(Section):
     """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
     compile: bool = False
     """torch.compile the model."""
+    effective_weights: Literal["auto", "kept", "rebuilt"] = "auto"
+    """Wrapped layers multiply by W + scale * B A. kept: added up once per update, for 2 bytes a wrapped weight in bf16
+    and 4 in fp32. rebuilt: added up twice per micro-batch, one layer at a time: slower, and without that memory. The
+    result is the same bit for bit. auto: kept, unless `method.frozen_weights` says that memory is short."""
     skip_steps: tuple[int, ...] = ()
     """Updates, from 0, that are not made: their rows are passed over and nothing else moves. Fixed for a run, as it
     decides the result."""
@@ -508,6 +512,15 @@ class RunConfig(Section):
         return {k: v for k, v in flatten(self.model_dump(mode="json")).items() if not k.startswith(_OPERATIONAL)}
 
     @property
+    def keeps_effective_weights(self) -> bool:
+        """Whether wrapped layers keep W + scale * B A, see `train.effective_weights`."""
+        if not isinstance(self.method, LoraConfig) or self.method.dropout:
+            return False
+        if self.train.effective_weights == "auto":
+            return self.method.frozen_weights == "fp32"
+        return self.train.effective_weights == "kept"
+
+    @property
     def min_workers(self) -> int:
         return self.cluster.min_workers or self.cluster.workers
 
@@ -517,7 +530,7 @@ _OPERATIONAL = (
     "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
-    "train.compile", "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",
+    "train.compile", "train.effective_weights", "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",
 )  # fmt: skip
 
 

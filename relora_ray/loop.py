@@ -180,6 +180,7 @@ def train(
     if not already_saved:  # the start is a checkpoint like any other
         record_eval()
         save()
+    method.refresh(state.model)
     if state.position.step < cfg.last_step:
         wrapped = _wrap(cfg, world, state, data)
     timer = StepTimer()

@@ -16,6 +16,7 @@ from relora_ray.config import RunConfig
 from relora_ray.conformance.ours import poisoned
 from relora_ray.errors import ConfigError, NonFiniteError
 from relora_ray.loop import evaluate, open_batches
+from relora_ray.methods.lowrank import low_rank_layers
 from relora_ray.metrics import read, read_all
 from relora_ray.model import build_model
 from relora_ray.parallel import World
@@ -135,6 +136,34 @@ def test_compiled_trains_the_same(data: Path, tmp_path: Path) -> None:
     _, compiled = run(tiny_config(data, tmp_path, "name=compiled", "train.compile=true", *short))
     for step, loss in losses(plain).items():
         assert losses(compiled)[step] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.precision=bf16",)])
+def test_kept_effective_weights_train_the_same_bits(data: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Over a warm start, three cycles and two micro-batches an update; resumed with the other in the middle, too."""
+    overrides = (*overrides, "method.trainable_scaling=true")
+    rebuilt, expected = run(tiny_config(data, tmp_path, *overrides, "name=r", "train.effective_weights=rebuilt"))
+    kept_config = tiny_config(data, tmp_path, *overrides, "name=k", "train.effective_weights=kept")
+    kept, records = run(kept_config)
+    assert losses(records) == losses(expected)
+    assert state_digest(kept) == state_digest(rebuilt)
+    layers = low_rank_layers(kept.model).values()
+    assert all(layer.effective is not None for layer in layers)
+    assert all(layer.effective is None for layer in low_rank_layers(rebuilt.model).values())
+    changed = tiny_config(data, tmp_path, *overrides, "name=c", "train.effective_weights=rebuilt")
+    with pytest.raises(Crash):
+        run(changed, crash_at(8, "train"))
+    again, _ = run(tiny_config(data, tmp_path, *overrides, "name=c", "train.effective_weights=kept"))
+    assert state_digest(again) == state_digest(rebuilt)
+
+
+def test_effective_weights_are_kept_where_memory_is_not_short(data: Path, tmp_path: Path) -> None:
+    for overrides, kept in {
+        (): True, ("method.frozen_weights=bf16_int8",): False, ("method.dropout=0.1",): False,
+        ("method.frozen_weights=bf16_int8", "train.effective_weights=kept"): True,
+        ("train.effective_weights=rebuilt",): False,
+    }.items():  # fmt: skip
+        assert tiny_config(data, tmp_path, *overrides).keeps_effective_weights is kept
 
 
 def test_warm_start_keeps_the_moments_of_what_stays_trained(cfg: RunConfig) -> None:

@@ -48,6 +48,9 @@ class Method(ABC):
     def adapt(self, model: nn.Module, step: int) -> None:
         """Give `model` the structure it has after `step` updates: wrap, freeze; in place, every rank."""
 
+    def refresh(self, model: nn.Module) -> None:  # noqa: B027 -- most methods derive nothing
+        """Bring up to date what is derived from the model's weights, after a state was loaded into it."""
+
     @abstractmethod
     def frozen_names(self, model: nn.Module) -> set[str]:
         """Names of the state-dict entries that change only at boundaries: a checkpoint's base."""

@@ -11,8 +11,10 @@ from relora_ray.methods.lowrank import (
     adapter_parameters,
     folded_state_dict,
     frozen_names,
+    keep_effective_all_,
     low_rank_layers,
     redraw_all_,
+    refresh_all_,
     wrap_,
 )
 from relora_ray.optim import take_over_state_
@@ -33,7 +35,18 @@ class Lora(Method):
         model.requires_grad_(True)
         if step >= self.lora.warm_start_steps:
             wrap_(model, self.lora, step)
+            if self.cfg.keeps_effective_weights:
+                keep_effective_all_(model, torch.bfloat16 if self.cfg.train.precision == "bf16" else torch.float32)
             redraw_all_(model, seed=self.cfg.seed, boundary=self.last_boundary(step))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(model)
+        # With the optimizer and not with the loop, so that nobody who makes an update can forget it.
+        optimizer.register_step_post_hook(lambda *_: refresh_all_(model))
+        return optimizer
+
+    def refresh(self, model: nn.Module) -> None:
+        refresh_all_(model)
 
     def frozen_names(self, model: nn.Module) -> set[str]:
         return frozen_names(model)

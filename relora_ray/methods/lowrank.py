@@ -5,9 +5,10 @@ after each merge A is Kaiming-uniform and B is zero (Hu et al. 2021), so the fun
 gradient from the first step. The published ReLoRA code zeroes A too when it wraps (`relora.py:122`): neither gets a
 gradient until the first merge.
 
-Without dropout the layer multiplies by the one matrix W + scale * B A, added up in fp32 and then rounded to the dtype
-of the computation. A merge adds up the same matrix, so with W in fp32 it leaves the function the same bit for bit
-(unless TF32 products were turned on: merges never use them).
+Without dropout the layer multiplies by the one matrix W + scale * B A, the effective weight, added up in fp32 and then
+rounded to the dtype of the computation. A merge adds up the same matrix, so with W in fp32 it leaves the function the
+same bit for bit (unless TF32 products were turned on: merges never use them). The effective weight is kept from one
+update to the next, or rebuilt where it is used: the same bits, for memory or for time.
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ class LowRankLinear(nn.Module):
     `weight` keeps its name and layout: (out, in) from nn.Linear, (in, out) from GPT-2's Conv1D. How it is stored is
     `frozen_weights`: in fp32, in bf16 with an int8 `residual` of the same shape, or in bf16. A bias stays trainable.
     `lora_gain`, if there is one, is a learned factor on the scale.
+
+    `effective`, if it is kept, is W + scale * B A in the dtype of the computation. Whoever changes a part of it in
+    place calls `refresh_`, as draws, which follow a merge, and the optimizers of `methods.lora` do. Eager code notices
+    most other changes by the parts' versions, and rebuilds; but a fused optimizer on the CPU raises no versions.
     """
 
     residual: torch.Tensor | None
+    effective: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear | Conv1D, cfg: LoraConfig, step: int = 0) -> None:
         """As `cfg` has it after `step` updates."""
@@ -53,6 +59,8 @@ class LowRankLinear(nn.Module):
         self.training = linear.training
         self.new_adapters_(cfg, step)
         self.register_buffer("residual", None)
+        self.register_buffer("effective", None, persistent=False)
+        self._versions: tuple[int, ...] = ()
         self._take_weight(linear.weight, cfg)
 
     def new_adapters_(self, cfg: LoraConfig, step: int) -> None:
@@ -96,6 +104,30 @@ class LowRankLinear(nn.Module):
         with _no_autocast(self.weight):
             return _merged(*self._parts())
 
+    def keep_effective_(self, dtype: torch.dtype) -> None:
+        """Keep the effective weight from now on, for computations in `dtype`."""
+        self.effective = torch.empty_like(self.weight, dtype=dtype)
+        self.refresh_()
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Bring a kept effective weight up to date, in place."""
+        if self.effective is not None:
+            self.effective.copy_(self.merged())
+            self._versions = self._parts_versions()
+
+    def _parts_versions(self) -> tuple[int, ...]:
+        parts = (self.weight, self.residual, self.lora_A, self.lora_B, self.lora_gain)
+        return tuple(part._version for part in parts if part is not None)
+
+    def _kept(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The effective weight, if it is kept, in this dtype, and up to date as far as can be seen."""
+        if self.effective is None or self.effective.dtype != dtype:
+            return None
+        if not torch.compiler.is_compiling() and self._versions != self._parts_versions():
+            return None
+        return self.effective
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
         x = x.to(_compute_dtype(x))
@@ -103,7 +135,7 @@ class LowRankLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             if self.training and self.dropout > 0:
                 return self._factored(x, bias)
-            y: torch.Tensor = _MergedLinear.apply(x, bias, *self._parts())
+            y: torch.Tensor = _MergedLinear.apply(x, bias, self._kept(x.dtype), *self._parts())
             return y
 
     def _factored(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -129,6 +161,7 @@ class LowRankLinear(nn.Module):
         self.lora_B.zero_()
         if self.lora_gain is not None:
             self.lora_gain.fill_(1.0)
+        self.refresh_()
 
     def extra_repr(self) -> str:
         rank, in_features = self.lora_A.shape
@@ -139,33 +172,37 @@ class _MergedLinear(torch.autograd.Function):
     """x M^T + bias for M = W + s B A, with gradients for x, bias, A, B and the gain in s; of what depends on x it saves
     x alone.
 
-    M is built where it is used, in forward and again in backward: r / rows of the layer's own products, and no second
-    copy of W is held. The gradient of M, (out, in), is never formed: dA = s (dy B)^T x, dB = s dy^T (x A^T).
+    `kept` is M in x's dtype and W's layout. Without it M is built where it is used, in forward and again in backward:
+    2 r / rows of the layer's own products, and no second copy of W is held. The gradient of M, (out, in), is never
+    formed: dA = s (dy B)^T x, dB = s dy^T (x A^T).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, *parts: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor | None, *parts: Any
+    ) -> torch.Tensor:
         *tensors, ctx.scale, ctx.transposed = parts
-        ctx.save_for_backward(x, *tensors)
-        return F.linear(x, _out_in(_merged(*parts), ctx.transposed).to(x.dtype), bias)
+        ctx.save_for_backward(x, kept, *tensors)
+        matrix = _merged(*parts).to(x.dtype) if kept is None else kept
+        return F.linear(x, _out_in(matrix, ctx.transposed), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, *tensors = ctx.saved_tensors
+        x, kept, *tensors = ctx.saved_tensors
         parts: Any = (*tensors, ctx.scale, ctx.transposed)
         _, _, a, b, gain = tensors
         with _no_autocast(x):  # backward may be called inside autocast, too
             dy = grads[0].to(x.dtype)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = dy @ _out_in(_merged(*parts), ctx.transposed).to(x.dtype)
+                dx = dy @ _out_in(_merged(*parts).to(x.dtype) if kept is None else kept, ctx.transposed)
             rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             h, g = rows_x @ a.to(x.dtype).T, rows_dy @ b.to(x.dtype)  # (rows, r) each
             scale = ctx.scale if gain is None else ctx.scale * gain
             da, db = (g.T @ rows_x).float() * scale, (rows_dy.T @ h).float() * scale
             dgain = None if gain is None else (g.float() * h.float()).sum() * ctx.scale
             dbias = rows_dy.sum(0) if ctx.needs_input_grad[1] else None
-        return dx, dbias, None, None, da, db, dgain, None, None
+        return dx, dbias, None, None, None, da, db, dgain, None, None
 
 
 def _frozen(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -305,6 +342,16 @@ def merge_all_(model: nn.Module) -> int:
 def new_adapters_all_(model: nn.Module, cfg: LoraConfig, step: int) -> None:
     for layer in low_rank_layers(model).values():
         layer.new_adapters_(cfg, step)
+
+
+def keep_effective_all_(model: nn.Module, dtype: torch.dtype) -> None:
+    for layer in low_rank_layers(model).values():
+        layer.keep_effective_(dtype)
+
+
+def refresh_all_(model: nn.Module) -> None:
+    for layer in low_rank_layers(model).values():
+        layer.refresh_()
 
 
 def redraw_all_(model: nn.Module, *, seed: int, boundary: int) -> None:

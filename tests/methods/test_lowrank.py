@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +13,20 @@ from torch import nn
 
 from relora_ray.config import LoraConfig
 from relora_ray.errors import ConfigError
+from relora_ray.methods.lora import Lora
 from relora_ray.methods.lowrank import (
     LowRankLinear,
     adapter_parameters,
     folded_state_dict,
     join_bf16_int8,
+    keep_effective_all_,
     low_rank_layers,
     merge_all_,
     redraw_all_,
     split_bf16_int8,
     wrap_,
 )
+from tests.tiny import tiny_config
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -308,3 +312,76 @@ def test_rank_above_the_smaller_side_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"method.lora_rank=17 is more than 16, the smaller side of .*k_proj"):
         wrap_(model, lora(lora_rank=17))
     assert not low_rank_layers(model)
+
+
+def is_fresh(layer: LowRankLinear) -> bool:
+    """Whether a layer that keeps its effective weight computes what one that rebuilds it does, forward and backward."""
+    rebuilt = copy.deepcopy(layer)
+    rebuilt.effective = None
+    x = torch.randn(5, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+    for each in (layer, rebuilt):
+        rows = x.clone().requires_grad_()
+        y = each(rows)
+        y.sum().backward()
+        found.append((y, rows.grad, each.lora_A.grad, each.lora_B.grad))
+        each.zero_grad()
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kept_effective_weight_is_never_stale(transposed: bool, tmp_path: Path) -> None:
+    """After an update by the fused optimizer, which raises no versions on the CPU, a merge, a draw, a load, a change by
+    hand, and a change of rank."""
+    torch.manual_seed(0)
+    holder = nn.Module()
+    holder.layers = nn.ModuleList([transformers.pytorch_utils.Conv1D(24, 16) if transposed else nn.Linear(16, 24)])
+    cfg = LoraConfig(lora_rank=4, alpha=64)
+    wrap_(holder, cfg)
+    keep_effective_all_(holder, torch.bfloat16)
+    redraw_all_(holder, seed=0, boundary=0)
+    layer = holder.layers[0]
+    assert isinstance(layer, LowRankLinear)
+    assert layer.effective is not None
+    before = layer.effective.clone()
+    assert is_fresh(layer)
+    optimizer = Lora(tiny_config(tmp_path, tmp_path)).build_optimizer(holder)
+    for _ in range(3):
+        layer(torch.randn(5, 16).bfloat16()).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert is_fresh(layer)
+    assert not torch.equal(layer.effective, before), "it has moved"
+    merge_all_(holder)
+    redraw_all_(holder, seed=0, boundary=7)
+    assert is_fresh(layer)
+    assert layer._kept(torch.bfloat16) is layer.effective
+    with torch.no_grad():
+        layer.lora_B.add_(1.0)
+    assert is_fresh(layer)
+    layer.load_state_dict({name: tensor * 2 for name, tensor in layer.state_dict().items()})
+    assert is_fresh(layer)
+    layer.new_adapters_(LoraConfig(lora_rank=2), 0)
+    layer.redraw_(3)
+    assert is_fresh(layer)
+    assert layer._kept(torch.bfloat16) is layer.effective
+    assert layer._kept(torch.float32) is None, "another precision is computed from the weights"
+
+
+def test_kept_effective_weight_belongs_to_no_checkpoint() -> None:
+    holder = nn.Module()
+    holder.layers = nn.ModuleList([nn.Linear(16, 24)])
+    wrap_(holder, LoraConfig(lora_rank=4))
+    names = set(holder.state_dict())
+    keep_effective_all_(holder, torch.bfloat16)
+    assert set(holder.state_dict()) == names
+    assert holder.layers[0].effective.dtype == torch.bfloat16
+
+
+def test_weight_that_changes_between_forward_and_backward_is_an_error() -> None:
+    layer = LowRankLinear(nn.Linear(16, 24), LoraConfig(lora_rank=4))
+    layer.keep_effective_(torch.float32)
+    y = layer(torch.randn(5, 16, requires_grad=True))
+    layer.redraw_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
