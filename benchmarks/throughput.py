@@ -1,0 +1,377 @@
+"""How fast an update is: ReLoRA here, full-rank training, PEFT's LoRA and the published layer, in the same tuned loop.
+
+    python -m benchmarks.throughput layer [--shapes 2048x5461 2048x2048] [--tokens 2048] [--micro-batches 4]
+    python -m benchmarks.throughput model [--size 60m] [--layers N] [--seq-len 512] [--rows 8] [--micro-batch-rows 4]
+
+Both print a page; `pip install -c constraints.txt '.[bench]'` first. Every opponent is a process of its own that waits
+until it is asked: they take turns within a round, an update each, and ratios are medians over rounds of the times in
+one round. All have bf16 products, fp32 masters of what they train, fused AdamW, SDPA attention, this project's loop and
+the same allocator settings; `published` (dropout 0.1, as shipped) and PEFT hold their frozen weights in bf16. Beside
+each ratio is its bound: what the count of multiplications allows if all products ran at one speed. FLOP utilisation is
+against a large product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from relora_ray.ablations import machine, version
+from relora_ray.config import LoraConfig, RunConfig
+from relora_ray.config_file import parse_config
+from relora_ray.data.loader import MicroBatch
+from relora_ray.loop import _accumulate_gradients, _clip
+from relora_ray.methods import build_method
+from relora_ray.methods.lowrank import LowRankLinear, block_linears
+from relora_ray.model import build_model
+from relora_ray.optim import build_adamw
+from relora_ray.parallel import World
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""Of glibc: without them every large tensor's pages are given back to the system and faulted in again."""
+DROPOUT = 0.1
+PRODUCT = {"cpu": 2048, "cuda": 8192}
+"""Side of the square product that says how fast the machine multiplies."""
+
+Update = Callable[[], None]
+
+
+class PublishedLinear(nn.Module):
+    """The arithmetic of the published layer as shipped (Guitaricet/relora at 176f376, `ReLoRaLinear.forward`): the base
+    product, and beside it B A of the input after dropout, scaled."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        self.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        self.lora_A = nn.Linear(in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout, self.scale = nn.Dropout(DROPOUT), alpha / rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=["layer", "model"])
+    parser.add_argument("--shapes", nargs="+", default=["2048x5461", "2048x2048"], help="in x out, for layer")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, for layer")
+    parser.add_argument("--micro-batches", type=int, default=4, help="an update has, for layer")
+    parser.add_argument("--size", default="60m", help="as model.size")
+    parser.add_argument("--layers", type=int, help="only so many of the model's")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=8, help="an update has, for model")
+    parser.add_argument("--micro-batch-rows", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variants", nargs="+", help="of those that there are; full is always one")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    os.environ |= ALLOCATOR
+    print("\n".join(page(args)), flush=True)
+
+
+def page(args: argparse.Namespace) -> Iterator[str]:
+    yield f"# Throughput: {args.what}\n"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{machine()}, {args.threads} threads"
+    yield f"{where}; torch {torch.__version__}; {version()}; bf16, rank {args.rank}, medians of {args.rounds} rounds"
+    yield f"in which all take turns{', torch.compile' if args.compile else ''}. `{' '.join(_command(args))}`\n"
+    yield from layers(args) if args.what == "layer" else model(args)
+
+
+def _command(args: argparse.Namespace) -> Iterator[str]:
+    yield f"python -m benchmarks.throughput {args.what}"
+    names = ("shapes", "tokens", "micro_batches") if args.what == "layer" else (
+        "size", "layers", "seq_len", "rows", "micro_batch_rows"
+    )  # fmt: skip
+    for name in (*names, "rank", "rounds", "variants", "compile"):
+        value = getattr(args, name)
+        if value not in (None, False):
+            said = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
+            yield f"--{name.replace('_', '-')}{said}"
+
+
+# ---- layers
+
+
+def linear_flops(i: int, o: int, rank: int, tokens: int) -> dict[str, float]:
+    """Of forward and backward of one linear layer for one token: full-rank, factored adapters, effective weight built
+    once per `tokens`."""
+    return {
+        "full": 6.0 * i * o,
+        "factored": 4.0 * i * o + 6.0 * rank * (i + o),
+        "effective": 4.0 * i * o + 4.0 * rank * (i + o) + 2.0 * rank * i * o / tokens,
+    }
+
+
+ORDER = {
+    "full": "full",
+    "relora": "effective",
+    "relora-rebuilt": "effective",
+    "published": "factored",
+    "peft": "factored",
+}
+
+
+def layers(args: argparse.Namespace) -> Iterator[str]:
+    variants = _variants(args, ("full", "relora", "relora-rebuilt", "published", "peft"))
+    yield f"One layer, forward and backward of {args.micro_batches} micro-batches of {args.tokens} tokens, and what an"
+    yield "update adds: the effective weight's sum. Full-rank's weight is in bf16 already. x full-rank: larger is"
+    yield "faster; bound: by the count of multiplications.\n"
+    yield "| shape | variant | ms | x full-rank | bound | of its bound |"
+    yield "|---|---|---|---|---|---|"
+    for shape in args.shapes:
+        i, o = map(int, shape.split("x"))
+        times = take_turns(args, variants, lambda name, i=i, o=o: ("layer", name, i, o))
+        flops = linear_flops(i, o, args.rank, args.tokens * args.micro_batches)
+        for name in variants:
+            ratio, bound = _ratio(times["full"], times[name]), flops["full"] / flops[ORDER[name]]
+            ms = statistics.median(times[name]) * 1e3
+            yield f"| {shape} | {name} | {ms:.1f} | {ratio:.2f} | {bound:.2f} | {ratio / bound:.2f} |"
+
+
+def layer_update(args: argparse.Namespace, name: str, i: int, o: int) -> Update:
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    linear = nn.Linear(i, o, bias=False, device=device)
+    layer = _layer(name, linear, args.rank).to(device)
+    rows = [torch.randn(args.tokens, i, device=device).bfloat16().requires_grad_() for _ in range(args.micro_batches)]
+    grads = [torch.randn(args.tokens, o, device=device).bfloat16() for _ in range(args.micro_batches)]
+
+    def update() -> None:
+        for x, dy in zip(rows, grads, strict=True):
+            with torch.autocast(device.type, torch.bfloat16):
+                y = layer(x)
+            y.backward(dy)
+            x.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        if isinstance(layer, LowRankLinear):
+            layer.refresh_()
+
+    return update
+
+
+def _layer(name: str, linear: nn.Linear, rank: int) -> nn.Module:
+    if name == "full":
+        return linear.bfloat16()
+    if name == "published":
+        return PublishedLinear(linear, rank, 32.0)
+    if name == "peft":
+        from peft.tuners.lora import LoraConfig as PeftConfig
+        from peft.tuners.lora.layer import Linear
+
+        linear.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        return Linear(linear, "default", PeftConfig(), r=rank, lora_alpha=32)
+    layer = LowRankLinear(linear, LoraConfig(lora_rank=rank, alpha=32.0))
+    if name == "relora":
+        layer.keep_effective_(torch.bfloat16)
+    layer.redraw_(0)
+    return layer
+
+
+# ---- models
+
+
+def model(args: argparse.Namespace) -> Iterator[str]:
+    variants = _variants(args, ("full", "relora", "relora-rebuilt", "published", "peft"))
+    cfg = config(args, "full")
+    found = take_turns(args, variants, lambda name: ("model", name), measured := {})
+    yield f"LLaMA {args.size}{f', {args.layers} layers of it' if args.layers else ''}: updates of {args.rows} rows of"
+    yield f"{args.seq_len} tokens in micro-batches of {args.micro_batch_rows}. A large product runs at"
+    speed = product_flops(args)
+    memory = "allocated on the GPU" if args.device == "cuda" else "of the whole process"
+    yield f"{speed / 1e12:.3g} TFLOP/s. Peak memory is {memory}.\n"
+    columns = ("variant", "ms an update", "tokens/s", "x full-rank", "bound", "of its bound", "FLOP utilisation",
+               "peak memory", "trained")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    flops = {name: model_flops(cfg, args.rank, ORDER[name]) for name in variants}
+    for name in variants:
+        s = statistics.median(found[name])
+        ratio, bound = _ratio(found["full"], found[name]), flops["full"] / flops[name]
+        rate = cfg.tokens_per_step / s
+        yield (
+            f"| {name} | {s * 1e3:.0f} | {rate:,.0f} | {ratio:.2f} | {bound:.2f} | {ratio / bound:.2f} "
+            f"| {flops[name] * rate / speed:.0%} | {measured[name]['peak'] / 1e9:.2f} GB "
+            f"| {measured[name]['trained'] / 1e6:.1f} M |"
+        )
+
+
+def config(args: argparse.Namespace, name: str) -> RunConfig:
+    method: dict[str, Any] = {"kind": "full"}
+    if name.startswith("relora"):
+        method = {"kind": "relora", "lora_rank": args.rank, "alpha": 32, "merge_every_steps": 1000}
+    kept = "rebuilt" if name == "relora-rebuilt" else "kept"
+    layers = {"num_layers": args.layers} if args.layers else {}
+    raw = {
+        "name": name, "steps": 1000, "global_batch_rows": args.rows, "model": {"size": args.size, **layers},
+        "data": {"path": "none", "seq_len": args.seq_len}, "method": method, "optimizer": {"learning_rate": 1e-3},
+        "train": {"micro_batch_rows": args.micro_batch_rows, "precision": "bf16", "effective_weights": kept},
+        "schedule": {"kind": "constant"}, "checkpoint": {"save_every_steps": 1000},
+    }  # fmt: skip
+    return parse_config(json.dumps(raw))
+
+
+def model_update(args: argparse.Namespace, name: str) -> tuple[Update, int]:
+    """What makes an update, and how many weights it trains."""
+    cfg, world = config(args, name), World()
+    device = torch.device(args.device)
+    net = build_model(cfg.model, seq_len=args.seq_len, seed=0)
+    method = build_method(cfg)
+    if name == "published":
+        for path, linear in list(block_linears(net)):
+            parent, _, leaf = path.rpartition(".")
+            setattr(net.get_submodule(parent), leaf, PublishedLinear(linear, args.rank, 32.0))
+    elif name == "peft":
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model
+
+        leaves = sorted({path.rpartition(".")[2] for path, _ in block_linears(net)})
+        for _, linear in block_linears(net):
+            linear.weight.data = linear.weight.data.bfloat16()
+        rest = [p for p in net.parameters() if p.dtype == torch.float32]
+        net = get_peft_model(net, PeftConfig(r=args.rank, lora_alpha=32, target_modules=leaves))
+        for parameter in rest:  # embeddings, norms and head are trained, as by the others
+            parameter.requires_grad_(True)
+    else:
+        method.adapt(net, 0)
+    net.to(device)
+    optimizer = method.build_optimizer(net) if name not in ("published", "peft") else build_adamw(net, cfg.optimizer)
+    run = torch.compile(net) if args.compile else net
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.ones(args.micro_batch_rows, device=device)
+    batches = []
+    for _ in range(args.rows // args.micro_batch_rows):
+        shape = (args.micro_batch_rows, args.seq_len + 1)
+        ids = torch.randint(0, cfg.model.llama_vocab_size, shape, generator=generator).to(device)
+        batches.append(MicroBatch(inputs=ids[:, :-1], targets=ids[:, 1:], weights=weights))
+
+    def update() -> None:
+        loss, _ = _accumulate_gradients(cfg, world, run, batches, 0, False)
+        assert loss == loss, "the loss is not a number"
+        _clip(net, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update, sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def model_flops(cfg: RunConfig, rank: int, order: str) -> float:
+    """Of an update, forward and backward, for one token: linear layers, causal attention's products, the head."""
+    llama = cfg.model.llama
+    assert llama is not None
+    h, m = llama.hidden_size, llama.intermediate_size
+    shapes = [(h, h)] * 4 + [(h, m)] * 2 + [(m, h)]
+    linear = sum(linear_flops(i, o, rank, cfg.tokens_per_step)[order] for i, o in shapes)
+    attention = 6.0 * cfg.data.seq_len * h
+    return llama.num_layers * (linear + attention) + 6.0 * h * cfg.model.llama_vocab_size
+
+
+def product_flops(args: argparse.Namespace) -> float:
+    """Multiplications and additions per second of a large bf16 product: the best of several."""
+    n = PRODUCT[args.device]
+    torch.set_num_threads(args.threads)
+    a, b = (torch.randn(n, n, device=args.device).bfloat16() for _ in range(2))
+
+    def product() -> None:
+        a @ b
+
+    return 2.0 * n**3 / min(_timed(product, args.device) for _ in range(10))
+
+
+# ---- turns
+
+
+def take_turns(
+    args: argparse.Namespace,
+    variants: Sequence[str],
+    job: Callable[[str], tuple[Any, ...]],
+    measured: dict[str, dict[str, int]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of an update by variant and round. Every variant has a process of its own, which is asked in turn."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in variants:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, args, job(name)), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes[name].recv()  # built, and warmed up: one after the other
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(args.rounds):
+        for name in variants if turn % 2 else reversed(variants):
+            pipes[name].send("go")
+            times[name].append(pipes[name].recv())
+    for name, pipe in pipes.items():
+        pipe.send("end")
+        said = pipe.recv()
+        if measured is not None:
+            measured[name] = said
+    for process in processes:
+        process.join()
+    return times
+
+
+def serve(pipe: Connection, args: argparse.Namespace, job: tuple[Any, ...]) -> None:
+    """A variant's process."""
+    torch.set_num_threads(args.threads)
+    kind, *rest = job
+    trained = 0
+    if kind == "layer":
+        update = layer_update(args, *rest)
+    else:
+        update, trained = model_update(args, *rest)
+    for _ in range(2):
+        update()
+    pipe.send("ready")
+    while pipe.recv() == "go":
+        pipe.send(_timed(update, args.device))
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pipe.send({"peak": peak, "trained": trained})
+
+
+def _timed(work: Update, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _variants(args: argparse.Namespace, known: Sequence[str]) -> list[str]:
+    asked = args.variants or known
+    for name in asked:
+        if name not in known:
+            raise SystemExit(f"--variants has {name!r}, which is none of {', '.join(known)}")
+    return list(dict.fromkeys(["full", *asked]))
+
+
+def _ratio(full: Sequence[float], own: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(full, own, strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The benchmark of speed: what it counts, and that it runs. Its numbers are no test."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.throughput import PublishedLinear, linear_flops
+from relora_ray.config import LoraConfig
+from relora_ray.methods.lowrank import LowRankLinear
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("shape", "factored", "effective"),
+    [((512, 512), 0.86, 1.00), ((768, 2048), 1.12, 1.22), ((2048, 2048), 1.26, 1.33), ((2048, 5461), 1.33, 1.38)],
+)
+def test_bounds_are_the_known_ones(shape: tuple[int, int], factored: float, effective: float) -> None:
+    """At rank 128 and updates so long that adding up the effective weight costs nothing."""
+    flops = linear_flops(*shape, 128, 10**9)
+    assert flops["full"] / flops["factored"] == pytest.approx(factored, abs=0.005)
+    assert flops["full"] / flops["effective"] == pytest.approx(effective, abs=0.005)
+
+
+def test_published_layer_is_ours_but_for_its_dropout() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 24, bias=False)
+    linear.weight.data = linear.weight.data.bfloat16().float()
+    published = PublishedLinear(linear, 4, 32.0).eval()
+    ours = LowRankLinear(linear, LoraConfig(lora_rank=4, alpha=32.0))
+    with torch.no_grad():
+        published.lora_B.weight.normal_()
+        ours.lora_A.copy_(published.lora_A.weight)
+        ours.lora_B.copy_(published.lora_B.weight)
+        x = torch.randn(5, 16).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(published(x), ours(x), rtol=0.05, atol=0.05)
+            assert not torch.equal(published.train()(x), published.eval()(x)), "as shipped, it has dropout"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "layer --shapes 32x48 --tokens 16 --rank 4 --rounds 2 --variants relora published",
+        "model --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --variants relora",
+    ],
+)
+def test_page_has_a_row_for_every_variant(command: str) -> None:
+    run = [sys.executable, "-m", "benchmarks.throughput", *command.split()]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "in which all take turns. `python -m benchmarks.throughput " + command.split()[0] in done.stdout
+    names = re.findall(r"^\| (?:32x48 \| )?(full|relora|published) \|", done.stdout, re.MULTILINE)
+    assert names == ["full", *command.partition("--variants ")[2].split()]
+    assert re.search(r"\| full \|.*\| 1\.00 \| 1\.00 \| 1\.00 \|", done.stdout)
