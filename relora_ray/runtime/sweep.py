@@ -30,7 +30,7 @@ from ray.util.queue import Empty, Queue
 
 from relora_ray.checkpoint import list_manifests, pin
 from relora_ray.config import RunConfig
-from relora_ray.errors import ConfigError, DivergedError, ReloraError, RunBusyError, StoppedError
+from relora_ray.errors import ConfigError, DivergedError, ReloraError, RunBusyError, RunFailedError, StoppedError
 from relora_ray.fork import fork, warm_start_digest
 from relora_ray.methods import build_method
 from relora_ray.runs import claim, read_config, run_storage
@@ -314,7 +314,11 @@ def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float,
         for name, value in TUNE.items():
             os.environ.setdefault(name, value)
         with _ending_when_told_to_stop():
-            results = tuner.fit()
+            try:
+                results = tuner.fit()
+            except tune.TuneError as error:  # of what was raised beside it, such as a record that cannot be stored
+                why = str(error).strip().splitlines()[-1]
+                raise RunFailedError(f"Ray Tune gave up: {why} Run the same command again to continue.") from error
     for result in results:
         if result.error is not None and result.config is not None:  # its process was lost again and again
             point = read_point(folder, result.config["number"])

@@ -58,6 +58,8 @@ def page(sweep: Sweep, points: Sequence[Point], pictures: Sequence[str]) -> Iter
     if found is not None:
         value = perplexity(found.loss())
         yield f"Best: {text(found.settings)}, held-out loss {found.loss():.4f}, perplexity {value:.2f}.\n"
+    else:
+        yield "No point came to the end: there is no best one.\n"
     yield from compute(sweep, points)
     names = list(spec.space)
     yield (

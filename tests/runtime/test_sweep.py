@@ -21,7 +21,7 @@ from ray.tune.schedulers import TrialScheduler
 from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.checkpoint.manifest import pinned_steps
 from relora_ray.config import RunConfig
-from relora_ray.errors import ConfigError, DivergedError, RunBusyError, RunFailedError
+from relora_ray.errors import ConfigError, DivergedError, RunBusyError, RunFailedError, StorageError
 from relora_ray.metrics import read_all
 from relora_ray.runtime import sweep as module
 from relora_ray.runtime.sweep import (
@@ -392,3 +392,17 @@ def test_tpe_on_rays_tune(tune_alone: Play, tmp_path: Path) -> None:
     assert [p.state for p in tune_alone(spec)] == ["done"] * 4
     more = dataclasses.replace(spec, spec=spec.spec.model_copy(update={"trials": 6}))
     assert len(tune_alone(more)) == 6
+
+
+def test_record_that_cannot_be_stored_ends_the_sweep_with_its_reason(
+    tune_alone: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Storage, record: Point) -> None:
+        if record.passed:
+            raise StorageError("the disk is full.")
+        put_point(folder, record)
+
+    monkeypatch.setattr(module, "put_point", fail)
+    spec = sweep(tmp_path, f"storage={tmp_path}", "method.merge_every_steps=3", halving={}, seeds=[1], space=RANKS)
+    with pytest.raises(RunFailedError, match=r"the disk is full\. Run the same command again"):
+        tune_alone(spec)
