@@ -89,7 +89,9 @@ def main() -> None:
 
 def page(args: argparse.Namespace) -> Iterator[str]:
     yield f"# Throughput: {args.what}\n"
-    where = f"{torch.cuda.get_device_name()}, " * (args.device == "cuda") + f"{machine()}, {args.threads} threads"
+    where = f"{machine()}, {args.threads} threads"
+    if args.device == "cuda":
+        where = f"{torch.cuda.get_device_name()}; {where}"
     yield f"{where}; {version()}; bf16, rank {args.rank}, medians of {args.rounds} rounds"
     yield f"in which all take turns{', torch.compile' if args.compile else ''}. `{' '.join(_command(args))}`\n"
     yield from layers(args) if args.what == "layer" else model(args)
