@@ -38,6 +38,7 @@ from relora_ray.methods.lowrank import LowRankLinear, block_linears
 from relora_ray.model import build_model
 from relora_ray.optim import build_adamw
 from relora_ray.parallel import World
+from relora_ray.token_loss import TokenLoss
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """Of glibc: without them every large tensor's pages are given back to the system and faulted in again."""
@@ -249,14 +250,14 @@ def model_update(args: argparse.Namespace, name: str) -> tuple[Update, int]:
         for _, linear in block_linears(net):
             linear.weight.data = linear.weight.data.bfloat16()
         rest = [p for p in net.parameters() if p.dtype == torch.float32]
-        net = get_peft_model(net, PeftConfig(r=args.rank, lora_alpha=32, target_modules=leaves))
+        net = get_peft_model(net, PeftConfig(r=args.rank, lora_alpha=32, target_modules=leaves)).get_base_model()
         for parameter in rest:  # embeddings, norms and head are trained, as by the others
             parameter.requires_grad_(True)
     else:
         method.adapt(net, 0)
     net.to(device)
     optimizer = method.build_optimizer(net) if name not in ("published", "peft") else build_adamw(net, cfg.optimizer)
-    run = torch.compile(net) if args.compile else net
+    run = TokenLoss(net, cfg.train, compiled=args.compile)
     generator = torch.Generator().manual_seed(1)
     weights = torch.ones(args.micro_batch_rows, device=device)
     batches = []

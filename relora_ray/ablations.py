@@ -140,13 +140,15 @@ class Results:
 # What a result does not depend on; all else, how it is evaluated and rounded included, makes another run.
 _ELSEWHERE = (
     "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.", "train.log_every_steps",
-    "train.divergence_", "train.max_rollbacks", "train.stop_after_steps", "train.effective_weights",  # see run_one
+    "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",  # see run_one
+    "train.effective_weights", "train.loss_chunk_tokens",
 )  # fmt: skip
 
 
 def identity(cfg: RunConfig) -> str:
     """Digest of the settings that decide a run's record, its data's fingerprint among them."""
     settings = flatten(cfg.model_dump(mode="json"))
+    settings["train.compile"] = bool(settings["train.compile"])  # without a word: off, as these are runs on CPUs
     decisive = {k: v for k, v in settings.items() if not k.startswith(_ELSEWHERE)}
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 

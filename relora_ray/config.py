@@ -340,12 +340,16 @@ class TrainConfig(Section):
     boundary, where all ranks must hold the same bits."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 (autocast). Weights, adapters and moments stay fp32, so merges are exact."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: bool | None = None
+    """torch.compile the model and the loss. Default: on GPUs. A merge compiles nothing anew."""
     effective_weights: Literal["auto", "kept", "rebuilt"] = "auto"
     """Wrapped layers multiply by W + scale * B A. kept: added up once per update, for 2 bytes a wrapped weight in bf16
     and 4 in fp32. rebuilt: added up twice per micro-batch, one layer at a time: slower, and without that memory. The
     result is the same bit for bit. auto: kept, unless `method.frozen_weights` says that memory is short."""
+    loss_chunk_tokens: int | None = Field(None, ge=0)
+    """Tokens whose logits exist at a time; 0: all of a micro-batch. Changes memory, and the result by rounding.
+    Default: all where that is less than 64 MiB in fp32, else 256 MiB of logits (4,181 tokens of 32,100 classes in
+    bf16)."""
     skip_steps: tuple[int, ...] = ()
     """Updates, from 0, that are not made: their rows are passed over and nothing else moves. Fixed for a run, as it
     decides the result."""
@@ -530,7 +534,8 @@ _OPERATIONAL = (
     "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
-    "train.compile", "train.effective_weights", "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",
+    "train.compile", "train.effective_weights", "train.loss_chunk_tokens",
+    "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",
 )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from hashlib import sha256
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from relora_ray.checkpoint import Checkpointer, Committer, Position, Saved
@@ -36,6 +35,7 @@ from relora_ray.rollback import Rollback, diverged, observe, read_rollbacks, rol
 from relora_ray.runs import MODEL, check_visible, data_storage, export_model, new_model, open_data, run_storage
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
+from relora_ray.token_loss import TokenLoss
 
 logger = logging.getLogger(__name__)
 
@@ -230,22 +230,23 @@ def train(
 
 def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource) -> Record:
     """Loss per token on the first `eval_rows` validation rows: the same rows at any world size. Every rank."""
-    model = state.model.eval()
+    state.model.eval()
+    loss = TokenLoss(state.model, cfg.train)
     began = time.perf_counter()
     total, num_rows = 0.0, 0.0
     with torch.no_grad():
         for batch in validation.first_rows(cfg.train.eval_rows):
-            total += float(_loss_sum(cfg, model, batch))
+            total += float(_loss_sum(loss, batch))
             num_rows += float(batch.weights.sum())
-    model.train()
+    state.model.train()
     total, num_rows = world.sum(total, num_rows)
     tokens = num_rows * cfg.data.seq_len
-    loss = total / tokens
+    per_token = total / tokens
     return {
         "kind": "eval",
         "step": state.position.step,
-        "loss": loss,
-        "perplexity": perplexity(loss),
+        "loss": per_token,
+        "perplexity": perplexity(per_token),
         "tokens": int(tokens),
         "eval_s": time.perf_counter() - began,
     }
@@ -336,10 +337,10 @@ def identity_digest(cfg: RunConfig, data_fingerprint: str) -> str:
 
 
 def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Module:
-    model = torch.compile(state.model) if cfg.train.compile else state.model
-    assert isinstance(model, nn.Module)
     batch = data.train.step(state.position.step)[0]
-    return world.wrap(model, warm_up=lambda wrapped: _loss_sum(cfg, wrapped, batch))
+    compiled = world.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
+    loss = TokenLoss(state.model, cfg.train, compiled=compiled)
+    return world.wrap(loss, warm_up=lambda wrapped: _loss_sum(wrapped, batch))
 
 
 def _accumulate_gradients(
@@ -355,19 +356,17 @@ def _accumulate_gradients(
     for number, batch in enumerate(batches):
         torch.manual_seed(key(cfg.seed, "dropout", step, world.rank, number))
         with world.sync_gradients(wrapped, now=number == len(batches) - 1):
-            loss_sum = _loss_sum(cfg, wrapped, batch)
+            loss_sum = _loss_sum(wrapped, batch)
             (loss_sum * (world.size / cfg.tokens_per_step)).backward()
         total += loss_sum.detach()
     total_loss, wishes = world.sum(float(total), float(wish))
     return total_loss / cfg.tokens_per_step, wishes > 0
 
 
-def _loss_sum(cfg: RunConfig, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Cross-entropy summed over the tokens of the rows that count, in fp32."""
-    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
-        logits = model(input_ids=batch.inputs).logits
-    per_token = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none")
-    return (per_token.view(batch.targets.shape).sum(1) * batch.weights).sum()
+def _loss_sum(loss: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Cross-entropy summed over the tokens of the rows that count, in fp32. `loss`: a TokenLoss, wrapped or not."""
+    total: torch.Tensor = loss(batch.inputs, batch.targets, batch.weights)
+    return total
 
 
 def _clip(model: nn.Module, grad_clip: float) -> float:

@@ -113,7 +113,7 @@ def train_with_faults(*args: Any) -> None:
         return float(lr_multiplier(step, cfg))
 
     lr_multiplier, loop.lr_multiplier = loop.lr_multiplier, multiplier
-    before(loop, "_loss_sum", lambda cfg, model, batch: flip(model) or "forward")
+    before(loop, "_loss_sum", lambda loss, batch: flip(loss) or "forward")
     before(torch.Tensor, "backward", lambda *_: "backward")
     before(World, "sum", lambda *_: "all-reduce")
     before(relora, "merge_all_", lambda *_: "merge")

@@ -16,13 +16,15 @@ from relora_ray.config import RunConfig
 from relora_ray.conformance.ours import poisoned
 from relora_ray.errors import ConfigError, NonFiniteError
 from relora_ray.loop import evaluate, open_batches
-from relora_ray.methods.lowrank import low_rank_layers
-from relora_ray.metrics import read, read_all
+from relora_ray.methods.lowrank import LowRankLinear, low_rank_layers
+from relora_ray.metrics import Record, read, read_all
 from relora_ray.model import build_model
 from relora_ray.parallel import World
 from relora_ray.runs import load_trained, run_storage
 from relora_ray.schedule import lr_multiplier
 from tests.tiny import Crash, assert_loads_as_the_live_model, crash_at, losses, run, state_digest, tiny_config
+
+NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
 
 
 @pytest.mark.parametrize("micro", [1, 2, 6])
@@ -127,9 +129,7 @@ def test_bf16_trains_like_fp32_and_keeps_weights_in_fp32(data: Path, tmp_path: P
         assert losses(rounded)[step] == pytest.approx(loss, rel=0.01)  # bf16 has 8 bits
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
-)
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler")
 def test_compiled_trains_the_same(data: Path, tmp_path: Path) -> None:
     short = ["steps=6", "method.warm_start_steps=0", "model.num_layers=1"]
     _, plain = run(tiny_config(data, tmp_path, "name=plain", *short))
@@ -155,6 +155,43 @@ def test_kept_effective_weights_train_the_same_bits(data: Path, tmp_path: Path, 
         run(changed, crash_at(8, "train"))
     again, _ = run(tiny_config(data, tmp_path, *overrides, "name=c", "train.effective_weights=kept"))
     assert state_digest(again) == state_digest(rebuilt)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-5), ("bf16", 5e-3)])
+def test_fast_layer_trains_as_the_plain_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, bound: float
+) -> None:
+    """One matrix and its own backward, layers together, the loss in chunks; against x W^T + s (x A^T) B^T and autograd,
+    over a warm start and three cycles. The bounds are some ten times what rounding made of it."""
+    fast_config = tiny_config(data, tmp_path, "name=fast", f"train.precision={precision}", "train.loss_chunk_tokens=40")
+    _, fast = run(fast_config)
+    monkeypatch.setattr(LowRankLinear, "forward", LowRankLinear._factored)
+    _, plain = run(tiny_config(data, tmp_path, "name=plain", f"train.precision={precision}"))
+    assert losses(fast) != losses(plain)
+    for step, loss in losses(plain).items():
+        assert losses(fast)[step] == pytest.approx(loss, rel=bound), step
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler")
+def test_a_merge_compiles_nothing_anew(data: Path, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    torch._dynamo.reset()
+    seen: dict[int, int] = {}
+
+    def note(record: Record) -> None:
+        if record["kind"] == "train":
+            seen[record["step"]] = counters["stats"]["unique_graphs"]
+
+    cfg = tiny_config(
+        data, tmp_path, "train.compile=true", "method.warm_start_steps=0", "model.num_layers=1",
+        "train.loss_chunk_tokens=64",
+    )  # fmt: skip
+    _, records = run(cfg, on_record=note)
+    assert next(r["step"] for r in records if r["kind"] == "boundary") < 6
+    assert seen[1] > 0
+    assert set(seen.values()) == {seen[1]}
 
 
 def test_effective_weights_are_kept_where_memory_is_not_short(data: Path, tmp_path: Path) -> None:

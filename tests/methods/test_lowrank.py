@@ -385,3 +385,101 @@ def test_weight_that_changes_between_forward_and_backward_is_an_error() -> None:
     layer.redraw_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def together(model: nn.Module) -> list[set[str]]:
+    """Names of the layers that are computed together, group by group."""
+    groups: dict[int, set[str]] = {}
+    for path, layer in low_rank_layers(model).items():
+        if layer.together is not None:
+            groups.setdefault(id(layer.together), set()).add(path.rpartition(".")[2])
+    return list(groups.values())
+
+
+def alone_(model: nn.Module) -> None:
+    for layer in low_rank_layers(model).values():
+        layer.together = None
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("llama", [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] * 2), ("pythia", []), ("gpt2", []),
+])  # fmt: skip
+def test_layers_with_one_input_are_put_together(name: str, expected: list[set[str]]) -> None:
+    model = build(name, tied=False)
+    wrap_(model, lora())
+    assert together(model) == expected
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 6e-2)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_together_is_as_alone(precision: str, bound: float, kept: bool) -> None:
+    model = build("qwen", tied=False).train()  # it has biases, and fewer key heads than query heads
+    wrap_(model, lora(trainable_scaling=True))
+    redraw_all_(model, seed=1, boundary=0)
+    shake_(model)
+    if kept:
+        keep_effective_all_(model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+    gradients, values = [], []
+    for prepare in (lambda _: None, alone_):
+        prepare(model)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        values.append(float(loss.detach()))
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert values[0] == pytest.approx(values[1], rel=bound / 10)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[1].items():
+        if not name.endswith("k_proj.bias"):  # adds the same to all scores: its gradient is rounding
+            slack = 10 if name.endswith("lora_gain") else 1  # a gain sums what cancels
+            assert (gradients[0][name] - gradient).norm() <= slack * bound * gradient.norm() + 1e-6, name
+
+
+def test_input_is_saved_once_for_all_that_share_it() -> None:
+    model = build("llama", tied=False)
+    wrap_(model, lora())
+    attention = next(m for n, m in model.named_modules() if n.endswith("self_attn"))
+
+    def saved() -> int:
+        """Copies of the input that are kept for the backward pass."""
+        kept: set[int] = set()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.shape == x.shape:
+                kept.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            outputs.append([attention.get_submodule(name)(x) for name in ("q_proj", "k_proj", "v_proj")])
+        return len(kept)
+
+    x = torch.randn(2, 9, 32)
+    outputs: list[list[torch.Tensor]] = []
+    assert saved() == 1
+    alone_(model)
+    assert saved() == 3
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_layers_with_inputs_of_their_own_are_computed_right() -> None:
+    model = build("llama", tied=False)
+    wrap_(model, lora())
+    redraw_all_(model, seed=1, boundary=0)
+    shake_(model)
+    gate = next(layer for path, layer in low_rank_layers(model).items() if path.endswith("gate_proj"))
+    assert gate.together is not None
+    up = gate.together.layers[1]
+    refreshed = copy.deepcopy(up)
+    x, other = torch.randn(3, 32), torch.randn(3, 32)
+    gate(x)
+    with torch.no_grad():
+        up.lora_B.add_(1.0)
+        refreshed.lora_B.add_(1.0)
+    gate.refresh_()  # as after every update: what was computed before it is dropped
+    refreshed.together = None
+    assert torch.equal(up(x), refreshed(x))
+    assert torch.equal(up(other), refreshed(other)), "gate's was left over, and is for another input"
+    assert gate.together is None
+    assert up.together is None
