@@ -2,10 +2,11 @@
 
     python -m benchmarks.throughput layer [--shapes 2048x5461 2048x2048] [--tokens 2048] [--micro-batches 4]
     python -m benchmarks.throughput model [--size 60m] [--layers N] [--seq-len 512] [--rows 8] [--micro-batch-rows 4]
+    python -m benchmarks.throughput traffic [--size 60m] [--layers N] ...
 
-Both print a page; `pip install -c constraints.txt '.[bench]'` first. Every opponent is a process of its own that waits
-until it is asked: they take turns within a round, an update each, and ratios are medians over rounds of the times in
-one round. All have bf16 products, fp32 masters of what they train, fused AdamW, SDPA attention, this project's loop and
+Each prints a page; `pip install -c constraints.txt '.[bench]'` first. Traffic is that of two gloo ranks here, the rest
+has one process. Every opponent is a process of its own that waits until it is asked: they take turns within a round, an
+update each, and ratios are medians over rounds of the times in one round. All have bf16 products, fp32 masters of what they train, fused AdamW, SDPA attention, this project's loop and
 the same allocator settings; `published` (dropout 0.1, as shipped) and PEFT hold their frozen weights in bf16. Beside
 each ratio is its bound: what the count of multiplications allows if all products ran at one speed. FLOP utilisation is
 against a large product measured in the same run.
@@ -14,29 +15,36 @@ against a large product measured in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
-import resource
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from relora_ray.ablations import machine, version
 from relora_ray.config import LoraConfig, RunConfig
 from relora_ray.config_file import parse_config
 from relora_ray.data.loader import MicroBatch
-from relora_ray.loop import _accumulate_gradients, _clip
-from relora_ray.methods import build_method
+from relora_ray.loop import _accumulate_gradients, _clip, _loss_sum
+from relora_ray.methods import Method, build_method
 from relora_ray.methods.lowrank import LowRankLinear, block_linears
-from relora_ray.model import build_model
-from relora_ray.optim import build_adamw
+from relora_ray.methods.relora import Relora
+from relora_ray.model import build_model, num_parameters
+from relora_ray.optim import build_adamw, trainable
 from relora_ray.parallel import World
 from relora_ray.token_loss import TokenLoss
 
@@ -68,7 +76,7 @@ class PublishedLinear(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=["layer", "model"])
+    parser.add_argument("what", choices=["layer", "model", "traffic"])
     parser.add_argument("--shapes", nargs="+", default=["2048x5461", "2048x2048"], help="in x out, for layer")
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, for layer")
     parser.add_argument("--micro-batches", type=int, default=4, help="an update has, for layer")
@@ -95,7 +103,7 @@ def page(args: argparse.Namespace) -> Iterator[str]:
         where = f"{torch.cuda.get_device_name()}; {where}"
     yield f"{where}; {version()}; bf16, rank {args.rank}, medians of {args.rounds} rounds"
     yield f"in which all take turns{', torch.compile' if args.compile else ''}. `{' '.join(_command(args))}`\n"
-    yield from layers(args) if args.what == "layer" else model(args)
+    yield from {"layer": layers, "model": model, "traffic": traffic}[args.what](args)
 
 
 def _command(args: argparse.Namespace) -> Iterator[str]:
@@ -127,6 +135,7 @@ ORDER = {
     "full": "full",
     "relora": "effective",
     "relora-rebuilt": "effective",
+    "relora-int8": "effective",
     "published": "factored",
     "peft": "factored",
 }
@@ -193,7 +202,7 @@ def _layer(name: str, linear: nn.Linear, rank: int) -> nn.Module:
 
 
 def model(args: argparse.Namespace) -> Iterator[str]:
-    variants = _variants(args, ("full", "relora", "relora-rebuilt", "published", "peft"))
+    variants = _variants(args, ("full", "relora", "relora-rebuilt", "relora-int8", "published", "peft"))
     cfg = config(args, "full")
     found = take_turns(args, variants, lambda name: ("model", name), measured := {})
     yield f"LLaMA {args.size}{f', {args.layers} layers of it' if args.layers else ''}: updates of {args.rows} rows of"
@@ -201,8 +210,9 @@ def model(args: argparse.Namespace) -> Iterator[str]:
     speed = product_flops(args)
     memory = "allocated on the GPU" if args.device == "cuda" else "of the whole process"
     yield f"{speed / 1e12:.3g} TFLOP/s. Peak memory is {memory}.\n"
+    yield "state: weights, what is kept of them, gradients and moments. merge: merge and reset of all layers.\n"
     columns = ("variant", "ms an update", "tokens/s", "x full-rank", "bound", "of its bound", "FLOP utilisation",
-               "peak memory", "trained")  # fmt: skip
+               "peak memory", "state", "trained", "merge")  # fmt: skip
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     flops = {name: model_flops(cfg, args.rank, ORDER[name]) for name in variants}
@@ -210,10 +220,12 @@ def model(args: argparse.Namespace) -> Iterator[str]:
         s = statistics.median(found[name])
         ratio, bound = _ratio(found["full"], found[name]), flops["full"] / flops[name]
         rate = cfg.tokens_per_step / s
+        merge_s = measured[name]["merge_s"]
         yield (
             f"| {name} | {s * 1e3:.0f} | {rate:,.0f} | {ratio:.2f} | {bound:.2f} | {ratio / bound:.2f} "
             f"| {flops[name] * rate / speed:.0%} | {measured[name]['peak'] / 1e9:.2f} GB "
-            f"| {measured[name]['trained'] / 1e6:.1f} M |"
+            f"| {measured[name]['state'] / 1e9:.2f} GB | {measured[name]['trained'] / 1e6:.1f} M "
+            f"| {'' if merge_s is None else f'{merge_s:.3f} s'} |"
         )
 
 
@@ -221,7 +233,9 @@ def config(args: argparse.Namespace, name: str) -> RunConfig:
     method: dict[str, Any] = {"kind": "full"}
     if name.startswith("relora"):
         method = {"kind": "relora", "lora_rank": args.rank, "alpha": 32, "merge_every_steps": 1000}
-    kept = "rebuilt" if name == "relora-rebuilt" else "kept"
+    if name == "relora-int8":
+        method["frozen_weights"] = "bf16_int8"
+    kept = "kept" if name == "relora" else "rebuilt"
     layers = {"num_layers": args.layers} if args.layers else {}
     raw = {
         "name": name, "steps": 1000, "global_batch_rows": args.rows, "model": {"size": args.size, **layers},
@@ -232,9 +246,32 @@ def config(args: argparse.Namespace, name: str) -> RunConfig:
     return parse_config(json.dumps(raw))
 
 
-def model_update(args: argparse.Namespace, name: str) -> tuple[Update, int]:
-    """What makes an update, and how many weights it trains."""
-    cfg, world = config(args, name), World()
+@dataclass(frozen=True)
+class Trainee:
+    """A model that is trained, as in loop.py."""
+
+    update: Update
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: Method | None
+    """None for what is not this project's."""
+
+    def state_bytes(self) -> int:
+        """After an update: weights and what is kept of them, their gradients and moments."""
+        moments = [t for state in self.optimizer.state.values() for t in state.values()]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *moments]
+        return sum(t.nbytes for t in tensors) + sum(p.nbytes for p in trainable(self.net))
+
+    def merge_s(self, device: str) -> float | None:
+        """Seconds of a merge and reset; None without adapters of this project."""
+        if not isinstance(self.method, Relora):
+            return None
+        merge = functools.partial(self.method.on_boundary, self.net, self.optimizer, 1000)
+        return min(_timed(merge, device) for _ in range(3))
+
+
+def trainee(args: argparse.Namespace, name: str, world: World | None = None) -> Trainee:
+    cfg, world = config(args, name), world or World()
     device = torch.device(args.device)
     net = build_model(cfg.model, seq_len=args.seq_len, seed=0)
     method = build_method(cfg)
@@ -257,23 +294,72 @@ def model_update(args: argparse.Namespace, name: str) -> tuple[Update, int]:
         method.adapt(net, 0)
     net.to(device)
     optimizer = method.build_optimizer(net) if name not in ("published", "peft") else build_adamw(net, cfg.optimizer)
-    run = TokenLoss(net, cfg.train, compiled=args.compile)
+    run: nn.Module = TokenLoss(net, cfg.train, compiled=args.compile)
     generator = torch.Generator().manual_seed(1)
     weights = torch.ones(args.micro_batch_rows, device=device)
     batches = []
-    for _ in range(args.rows // args.micro_batch_rows):
+    for _ in range(args.rows // args.micro_batch_rows // world.size):
         shape = (args.micro_batch_rows, args.seq_len + 1)
         ids = torch.randint(0, cfg.model.llama_vocab_size, shape, generator=generator).to(device)
         batches.append(MicroBatch(inputs=ids[:, :-1], targets=ids[:, 1:], weights=weights))
+
+    run = world.wrap(run, warm_up=lambda wrapped: _loss_sum(wrapped, batches[0]))
+    if isinstance(run, DistributedDataParallel):
+        run.register_comm_hook(None, count_and_reduce)
 
     def update() -> None:
         loss, _ = _accumulate_gradients(cfg, world, run, batches, 0, False)
         assert loss == loss, "the loss is not a number"
         _clip(net, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world.size == 1)
 
-    return update, sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return Trainee(update, net, optimizer, method if name.startswith("relora") else None)
+
+
+reduced_bytes = 0
+"""Of gradients that this process has given to an all-reduce."""
+
+
+def count_and_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's own reduction, with its bytes counted."""
+    global reduced_bytes
+    reduced_bytes += bucket.buffer().nbytes
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+
+count_and_reduce.__annotations__.clear()  # DDP compares them with types, and in this module they are strings
+
+
+# ---- traffic
+
+
+def traffic(args: argparse.Namespace) -> Iterator[str]:
+    """Two ranks, a process each, over gloo on this machine; they share its cores."""
+    if args.device != "cpu":
+        raise SystemExit("traffic is measured over gloo: add --device cpu")
+    variants = _variants(args, ("full", "relora"))
+    yield f"LLaMA {args.size}{f', {args.layers} layers of it' if args.layers else ''}, two gloo ranks on one machine:"
+    yield f"updates of {args.rows} rows of {args.seq_len} tokens in micro-batches of {args.micro_batch_rows}. reduced:"
+    yield "gradients that a rank gives to the all-reduce per update, counted in DDP's hook; all in fp32, and of what is"
+    yield "trained only.\n"
+    yield "| variant | reduced | full-rank / this | ms an update | x full-rank |"
+    yield "|---|---|---|---|---|"
+    ranks = [f"{name} {rank}" for name in variants for rank in range(2)]
+    ports = dict(zip(variants, _free_ports(len(variants)), strict=True))
+    job = {ranked: ("traffic", *ranked.split(), ports[ranked.split()[0]]) for ranked in ranks}
+    found = take_turns(args, ranks, job.__getitem__, measured := {}, at_once=2)
+    for name in variants:
+        first = f"{name} 0"
+        share = measured["full 0"]["reduced"] / measured[first]["reduced"]
+        ms, ratio = statistics.median(found[first]) * 1e3, _ratio(found["full 0"], found[first])
+        yield f"| {name} | {measured[first]['reduced'] / 1e6:.1f} MB | {share:.2f} | {ms:.0f} | {ratio:.2f} |"
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def model_flops(cfg: RunConfig, rank: int, order: str) -> float:
@@ -306,26 +392,33 @@ def take_turns(
     args: argparse.Namespace,
     variants: Sequence[str],
     job: Callable[[str], tuple[Any, ...]],
-    measured: dict[str, dict[str, int]] | None = None,
+    measured: dict[str, dict[str, Any]] | None = None,
+    at_once: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of an update by variant and round. Every variant has a process of its own, which is asked in turn."""
+    """Seconds of an update by variant and round. Every variant has a process of its own, which is asked in turn;
+    `at_once` that follow each other work together."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for name in variants:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, args, job(name)), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes[name].recv()  # built, and warmed up: one after the other
+    groups = [variants[i : i + at_once] for i in range(0, len(variants), at_once)]
+    for group in groups:
+        for name in group:
+            pipes[name], theirs = context.Pipe()
+            processes.append(context.Process(target=serve, args=(theirs, args, job(name)), daemon=True))
+            processes[-1].start()
+            theirs.close()
+        for name in group:
+            _receive(pipes[name], name)  # built, and warmed up: one after the other
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(args.rounds):
-        for name in variants if turn % 2 else reversed(variants):
-            pipes[name].send("go")
-            times[name].append(pipes[name].recv())
+        for group in groups if turn % 2 else reversed(groups):
+            for name in group:
+                pipes[name].send("go")
+            for name in group:
+                times[name].append(_receive(pipes[name], name))
     for name, pipe in pipes.items():
         pipe.send("end")
-        said = pipe.recv()
+        said = _receive(pipe, name)
         if measured is not None:
             measured[name] = said
     for process in processes:
@@ -333,25 +426,46 @@ def take_turns(
     return times
 
 
+def _receive(pipe: Connection, name: str) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(
+            f"the process of {name} has ended: see above. If nothing is said there, the machine's memory was too small "
+            f"for all at once: name fewer --variants."
+        ) from None
+
+
 def serve(pipe: Connection, args: argparse.Namespace, job: tuple[Any, ...]) -> None:
     """A variant's process."""
     torch.set_num_threads(args.threads)
     kind, *rest = job
-    trained = 0
+    trained: Trainee | None = None
     if kind == "layer":
         update = layer_update(args, *rest)
     else:
-        update, trained = model_update(args, *rest)
+        name, *group = rest
+        world = World()
+        if kind == "traffic":
+            rank, port = group
+            torch.set_num_threads(max(1, args.threads // 2))
+            dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=int(rank), world_size=2)
+            world = World.current()
+        trained = trainee(args, name, world)
+        update = trained.update
     for _ in range(2):
         update()
+    before, rounds = reduced_bytes, 0
     pipe.send("ready")
     while pipe.recv() == "go":
         pipe.send(_timed(update, args.device))
-    if args.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send({"peak": peak, "trained": trained})
+        rounds += 1
+    said: dict[str, Any] = {"peak": World(device=torch.device(args.device)).peak_memory_bytes()}
+    if trained is not None:
+        said["reduced"] = (reduced_bytes - before) / max(1, rounds)
+        said["trained"] = num_parameters(trained.net, trainable_only=True)
+        said["state"], said["merge_s"] = trained.state_bytes(), trained.merge_s(args.device)
+    pipe.send(said)
 
 
 def _timed(work: Update, device: str) -> float:

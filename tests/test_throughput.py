@@ -60,3 +60,17 @@ def test_page_has_a_row_for_every_variant(command: str) -> None:
     names = re.findall(r"^\| (?:32x48 \| )?(full|relora|published) \|", done.stdout, re.MULTILINE)
     assert names == ["full", *command.partition("--variants ")[2].split()]
     assert re.search(r"\| full \|.*\| 1\.00 \| 1\.00 \| 1\.00 \|", done.stdout)
+
+
+def test_traffic_is_counted_in_what_is_trained() -> None:
+    """9m's embedding and head of 32,100 x 128 each, norms, and one layer's weights or its adapters of rank 4."""
+    command = "traffic --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --device cpu"
+    run = [sys.executable, "-m", "benchmarks.throughput", *command.split()]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = dict(re.findall(r"^\| (full|relora) \| ([\d.]+) MB \|", done.stdout, re.MULTILINE))
+    shapes = [(128, 128)] * 4 + [(352, 128)] * 3
+    rest = 2 * 32100 * 128 + 3 * 128
+    full, relora = rest + sum(i * o for i, o in shapes), rest + sum(4 * (i + o) for i, o in shapes)
+    assert float(rows["full"]) == pytest.approx(4 * full / 1e6, abs=0.06)
+    assert float(rows["relora"]) == pytest.approx(4 * relora / 1e6, abs=0.06)
