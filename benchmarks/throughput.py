@@ -6,10 +6,11 @@
 
 Each prints a page; `pip install -c constraints.txt '.[bench]'` first. Traffic is that of two gloo ranks here, the rest
 has one process. Every opponent is a process of its own that waits until it is asked: they take turns within a round, an
-update each, and ratios are medians over rounds of the times in one round. All have bf16 products, fp32 masters of what they train, fused AdamW, SDPA attention, this project's loop and
-the same allocator settings; `published` (dropout 0.1, as shipped) and PEFT hold their frozen weights in bf16. Beside
-each ratio is its bound: what the count of multiplications allows if all products ran at one speed. FLOP utilisation is
-against a large product measured in the same run.
+update each, and ratios are medians over rounds of the times in one round. All have bf16 products, fp32 masters of what
+they train, fused AdamW, SDPA attention, this project's loop and the same allocator settings; `published` (dropout 0.1,
+as shipped) and PEFT hold their frozen weights in bf16. Beside each ratio is its bound: what the count of
+multiplications allows if all products ran at one speed. FLOP utilisation is against a large product measured in the
+same run.
 """
 
 from __future__ import annotations

@@ -339,6 +339,8 @@ def identity_digest(cfg: RunConfig, data_fingerprint: str) -> str:
 def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Module:
     batch = data.train.step(state.position.step)[0]
     compiled = world.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
+    if compiled:
+        torch._dynamo.reset()  # graphs of parameters that are gone, and only so many may be made
     loss = TokenLoss(state.model, cfg.train, compiled=compiled)
     return world.wrap(loss, warm_up=lambda wrapped: _loss_sum(wrapped, batch))
 
