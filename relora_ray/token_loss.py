@@ -38,13 +38,14 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.bf16, self.chunk_tokens = cfg.precision == "bf16", cfg.loss_chunk_tokens
-        backbone = getattr(model, "base_model", None)
-        self._backbone = None if backbone is model else backbone
-        self._head_is_plain: bool | None = None
-        # In a tuple, which registers nothing: they hold the same parameters as `model`.
-        self._run: tuple[Callable[..., Any], ...] = (model, self._backbone or model, softmax_loss_)
+        backbone = getattr(model, "base_model", model)
+        self._head_is_plain: bool | None = False if backbone is model else None
+        """None: not tried out yet."""
+        # In tuples, which register nothing: they hold the same parameters as `model`.
+        self._parts = (model, backbone, softmax_loss_)
+        self._run: tuple[Callable[..., Any], ...] = self._parts
         if compiled:
-            self._run = tuple(torch.compile(each) for each in self._run)
+            self._run = tuple(torch.compile(each) for each in self._parts)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """inputs, targets: (rows, tokens) ids; weights: (rows,). Returns an fp32 scalar."""
@@ -71,7 +72,7 @@ class TokenLoss(nn.Module):
 
     def _chunk(self, inputs: torch.Tensor) -> int:
         """Tokens of a chunk; 0: all logits at once."""
-        if self.chunk_tokens == 0 or self._backbone is None or self._head_is_plain is False:
+        if self.chunk_tokens == 0 or self._head_is_plain is False:
             return 0
         vocabulary = self._head().weight.shape[0]
         if self.chunk_tokens is None and inputs.numel() * vocabulary * 4 < WHOLE_BYTES:
@@ -84,12 +85,11 @@ class TokenLoss(nn.Module):
     @torch.no_grad()
     def _has_plain_head(self, inputs: torch.Tensor) -> bool:
         """Whether the logits are the head of the backbone's output and nothing else: no cap, no scale. Tried out."""
-        assert self._backbone is not None
-        head, training = self._head(), self.model.training
+        backbone, head, training = self._parts[1], self._head(), self.model.training
         self.model.eval()
         ids = inputs[:1, :8]
         plain = type(head) is nn.Linear and torch.equal(
-            head(self._backbone(input_ids=ids)[0]), self.model(input_ids=ids).logits
+            head(backbone(input_ids=ids)[0]), self.model(input_ids=ids).logits
         )
         self.model.train(training)
         if not plain:
