@@ -16,9 +16,7 @@ from pydantic import ValidationError
 
 from relora_ray.config import METHOD_KINDS, RunConfig, Section, flatten, nearest
 from relora_ray.errors import ConfigError
-from relora_ray.masking import SECRET_NAME
-
-_CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+from relora_ray.location import secret_in_url, shown
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -44,7 +42,7 @@ def parse_mapping(text: str, overrides: list[str] | None = None, *, source: str 
     try:
         raw = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+        raise ConfigError(f"{source} is not valid YAML: {_yaml_problem(error)}") from None  # the cause shows the text
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{source} holds {type(raw).__name__}, not a mapping of sections. See configs/quickstart.yaml."
@@ -63,7 +61,7 @@ def check(raw: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         lines += [line for detail in error.errors() for line in _explain(detail)]
     if lines:
-        raise ConfigError(_without_credentials("\n".join(dict.fromkeys(lines))))
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
     return cfg
 
 
@@ -106,12 +104,23 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
     for section in sections:
         child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
-            raise ConfigError(f"override {item!r}: {section!r} is a value, not a section.")
+            raise ConfigError(f"override {dotted}=...: {section!r} is a value, not a section.")
         node = child
     try:
         node[name] = yaml.load(value, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"override {item!r}: the value is not valid YAML: {error}") from error
+    except yaml.YAMLError as error:
+        problem = str(error) if type(error) is yaml.YAMLError else "Put it in quotes, or close its brackets."
+        raise ConfigError(f"override {dotted}=...: the value is not valid YAML. {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"override {dotted}=...: the value is not valid YAML: it is nested too deep.") from None
+
+
+def _yaml_problem(error: yaml.YAMLError | RecursionError) -> str:
+    """What is wrong and where, without the text around it, which may be a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    mark = error.problem_mark
+    return f"{error.problem}" + (f" at line {mark.line + 1}, column {mark.column + 1}." if mark else ".")
 
 
 def _explain(detail: Any) -> list[str]:
@@ -126,15 +135,14 @@ def _explain(detail: Any) -> list[str]:
     if detail["type"] == "secret_option":  # its value must not be shown
         return [f"{dotted}.{message}"]
     if detail["type"] == "field_rule":
-        return [f"{dotted}={detail['input']!r} {message}"]
+        return [f"{dotted}={shown(detail['input'])} {message}"]
     section = _section_at(loc[:-1])
     if detail["type"] == "extra_forbidden":
         known = list(section.model_fields) if section else []
         hint = nearest(keys[-1], known)
         if keys[0] == "method" and (owners := [k for k, c in METHOD_KINDS.items() if keys[-1] in c.model_fields]):
             hint = f" It belongs to kind {' and '.join(owners)}: give the whole section, as in 'method={{kind: full}}'."
-        shown = "***" if SECRET_NAME.search(keys[-1]) else repr(detail["input"])
-        return [f"unknown key {dotted}={shown}.{hint} Known here: {', '.join(known)}."]
+        return [f"unknown key {dotted}={_number(detail['input'])}.{hint} Known here: {', '.join(known)}."]
     field = section.model_fields.get(keys[-1]) if section and keys else None
     doc = " ".join((field.description or "").split()) if field else ""
     if detail["type"] == "missing":
@@ -145,8 +153,14 @@ def _explain(detail: Any) -> list[str]:
             f"{dotted}.kind={given!r} is not a method. Use one of {', '.join(METHOD_KINDS)}."
             f"{nearest(str(given), list(METHOD_KINDS))}"
         ]
-    shown = "***" if "storage_options" in keys else repr(detail["input"])
-    return [f"{dotted}={shown}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
+    hidden = "storage_options" in keys or isinstance(detail["input"], (dict, list))
+    value = _number(detail["input"]) if hidden else shown(detail["input"])
+    return [f"{dotted}={value}: {message[0].lower()}{message[1:]}.{'  ' + doc if doc else ''}"]
+
+
+def _number(value: Any) -> str:
+    """A number as it is, and *** for what may hold a secret where nobody knows what it is."""
+    return repr(value) if isinstance(value, (int, float)) else "***"
 
 
 def _scalar_problems(raw: dict[str, Any]) -> list[str]:
@@ -155,11 +169,8 @@ def _scalar_problems(raw: dict[str, Any]) -> list[str]:
     method = raw.get("method")
     kind = method.get("kind") if isinstance(method, dict) else None
     for dotted, value in flatten(raw).items():
-        if isinstance(value, str) and _CREDENTIALS.search(value):
-            problems.append(
-                f"{dotted}={value!r} must not carry credentials in its URL: the config is stored and shown. Use "
-                f"the usual environment variables."
-            )
+        if isinstance(value, str) and (problem := secret_in_url(value)):
+            problems.append(f"{dotted}={shown(value)} {problem}")
         *path, name = dotted.split(".")
         section = _section_at([path[0], str(kind), *path[1:]] if path[:1] == ["method"] else path)
         field = section.model_fields.get(name) if section else None
@@ -191,7 +202,3 @@ def _types_in(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return list(get_args(annotation))
     return [annotation]
-
-
-def _without_credentials(text: str) -> str:
-    return _CREDENTIALS.sub("://***@", text)
