@@ -158,11 +158,11 @@ def run_one(cfg: RunConfig) -> Record:
     from relora_ray import metrics
     from relora_ray.loop import run_attempt
     from relora_ray.parallel import World
-    from relora_ray.runs import claim, run_storage
+    from relora_ray.runs import check_run, run_storage
 
     diverged = ""
     # A row that diverges is a result: nothing may save it.
-    cfg = claim(cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_rollbacks": 0})}))
+    cfg = check_run(cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_rollbacks": 0})}))
     try:
         run_attempt(cfg, World())
     except NonFiniteError as error:

@@ -5,6 +5,8 @@
     python -m relora_ray.checkpoints verify RUN [--step STEP]
     python -m relora_ray.checkpoints prune RUN --keep-last N [--keep-every-steps M] [--yes]
     python -m relora_ray.checkpoints copy RUN OUT [--step STEP]
+    python -m relora_ray.checkpoints own RUN
+    python -m relora_ray.checkpoints delete RUN [--yes]
 
 RUN is a run's folder or URL. Exit codes: 0 done, 1 a checkpoint is damaged, 2 refused.
 """
@@ -12,22 +14,46 @@ RUN is a run's folder or URL. Exit codes: 0 done, 1 a checkpoint is damaged, 2 r
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from functools import partial
 
-from relora_ray.checkpoint import Manifest, existing_step, list_manifests, plan_prune, read_manifest
-from relora_ray.checkpoint.manifest import Part, StoredObject, part_folders, pinned_steps
+from relora_ray.checkpoint import (
+    Commits,
+    Manifest,
+    Rollback,
+    existing_step,
+    list_manifests,
+    read_history,
+    read_manifest,
+)
+from relora_ray.checkpoint.history import (
+    FORK,
+    Removal,
+    old_pins,
+    part_folders,
+    read_pins,
+    release,
+    removal_path,
+    removals_text,
+)
+from relora_ray.checkpoint.manifest import FORMAT, MAX_BYTES, Part, StoredObject, key_of, read_record
+from relora_ray.checkpoint.ownership import TERMS, Term, claim
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
-from relora_ray.config import RunConfig
+from relora_ray.config import CheckpointConfig, RunConfig
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.errors import ConfigError, DamagedError, ReloraError
 from relora_ray.metrics import size_text
-from relora_ray.rollback import FOLDER as ROLLBACKS
-from relora_ray.runs import CONFIG, DATA, read_config
+from relora_ray.rollback import where_to_go_on
+from relora_ray.runs import CONFIG, DATA, SETUP, find_setting, read_config, write_setting
 from relora_ray.storage import Storage, add_options_argument, parse_options
+
+logger = logging.getLogger(__name__)
 
 
 def list_lines(run: Storage) -> Iterator[str]:
@@ -82,18 +108,24 @@ def _whose(part: Part) -> str:
 
 
 def verify(run: Storage, step: int | None) -> Iterator[tuple[int, str]]:
-    """Read every byte of the checkpoints (all, or one); for each its step and what is wrong with it, or ""."""
+    """Read every byte of the checkpoints (all, or one); for each its step and what is wrong with it, or "". One that
+    the run's own retention removes meanwhile is left out."""
     problems: dict[str, str] = {}
-    for number in [_existing(run, step)] if step is not None else _steps(run):
+    history = read_history(run)
+    paths = [read_manifest(run, _existing(run, step)).path] if step is not None else list(history.line)
+    for path, error in history.unreadable:
+        yield _step(path), str(error)
+    for path in paths:
         try:
-            parts = read_manifest(run, number).parts
+            parts = history.read(path).parts
+            for part in parts:
+                if part.folder not in problems:
+                    problems[part.folder] = _problem(run, part)
+            problem = " ".join(problem for part in parts if (problem := problems[part.folder]))
         except DamagedError as error:
-            yield number, str(error)
-            continue
-        for part in parts:
-            if part.folder not in problems:
-                problems[part.folder] = _problem(run, part)
-        yield number, " ".join(problem for part in parts if (problem := problems[part.folder]))
+            problem = str(error)
+        if not problem or path in read_history(run).standing:
+            yield _step(path), problem
 
 
 def _problem(run: Storage, part: Part) -> str:
@@ -105,51 +137,170 @@ def _problem(run: Storage, part: Part) -> str:
 
 
 def prune(run: Storage, *, keep_last: int, keep_every_steps: int, dry_run: bool) -> Iterator[str]:
-    """Remove checkpoints beyond the newest `keep_last` and the multiples of `keep_every_steps`.
-
-    Left-overs of crashed attempts stay: a running one may be writing them. It removes them itself.
-    """
-    manifests = []
-    for step in _steps(run):
-        try:
-            manifests.append(read_manifest(run, step))
-        except DamagedError as error:
-            yield f"stays: {error}"
-    dropped, unneeded = plan_prune(
-        manifests,
-        part_folders(run),
-        keep_last=keep_last,
-        keep_every_steps=keep_every_steps,
-        attempt="0000-none",
-        pinned=pinned_steps(run),
+    """Remove checkpoints beyond the newest `keep_last` and the multiples of `keep_every_steps`, and what crashed
+    attempts left behind. RunBusyError if the run is being trained."""
+    read_config(run)  # ConfigError if it is not a run
+    # The claim first: it may wait for another driver's end, and what that one commits until then is no leftover.
+    attempt = claim(run).attempt(1) if not dry_run else Term(10**9 - 1, "0").attempt(1)
+    history = read_history(run)
+    line, _ = history.read_line()
+    for path in sorted({*history.line, *(path for path, _ in history.unreadable)} - {m.path for m in line}):
+        yield f"stays: {path} cannot be read"
+    cfg = CheckpointConfig(save_every_steps=1, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    sizes = {part.folder: part.size_bytes for manifest in line for part in manifest.parts if not part.run}
+    commits, freed = Commits(run, cfg), 0
+    removal = commits.plan(history, attempt)
+    for path in (*removal.manifests, *removal.folders):
+        size = sizes.get(path, 0)
+        freed += size
+        yield f"{'would remove' if dry_run else 'removes'} {path}" + (f" ({size_text(size)})" if size else "")
+    if not dry_run:
+        commits.remove_now(removal, attempt)
+    yield f"{len(removal.manifests)} of {len(line)} checkpoints, {size_text(freed)}" + (
+        "; nothing was changed: give --yes to remove them" if dry_run and removal else ""
     )
-    sizes = {part.folder: part.size_bytes for manifest in manifests for part in manifest.parts if not part.run}
-    for path in [m.path for m in dropped] + unneeded:  # manifests first: none ever names what is gone
-        yield f"{'would remove' if dry_run else 'removes'} {path}" + (
-            f" ({size_text(sizes[path])})" if path in sizes else ""
+
+
+def delete(run: Storage, *, dry_run: bool = False) -> None:
+    """Remove a run's folder. ConfigError if it is none or if others need what is in it, RunBusyError if it is being
+    trained."""
+    read_config(run)
+    _refuse_if_needed(run)
+    if dry_run:
+        return
+    # Written down before pins are looked at again: a fork pins first, and then looks at what is written down.
+    attempt = claim(run).attempt(1)
+    going = Removal(manifests=tuple(read_history(run).paths), folders=tuple(sorted(part_folders(run))))
+    Commits(run, CheckpointConfig(save_every_steps=1)).decide(
+        attempt, record := removal_path(attempt, 1), removals_text(going).encode()
+    )
+    try:
+        _refuse_if_needed(run)
+        _release_all(run)
+    except BaseException:
+        run.delete(record)
+        raise
+    # What makes it a run goes last, so that one that is cut off can be begun again.
+    last, objects = [TERMS, CONFIG, SETUP], [path for path in run.list() if "/" not in path]
+    for name in sorted(run.folders(""), key=lambda name: last.index(name) if name in last else -1):
+        if name in objects:
+            run.delete(name)
+        else:
+            run.delete_below(name)
+
+
+def _refuse_if_needed(run: Storage) -> None:
+    names = {pin.run for pin in read_pins(run).values()} | set(old_pins(run))
+    needing = sorted(name for name in names if _needs(run, name))
+    if needing:
+        raise ConfigError(
+            f"{run.url} is needed by {', '.join(needing)}: forked from it, they go on from a base that lies here. "
+            f"Delete them first, or give each its own copy: python -m relora_ray.checkpoints own RUN."
         )
-        if not dry_run:
-            run.delete(path)
-    freed = sum(sizes.get(path, 0) for path in unneeded)
-    yield f"{len(dropped)} of {len(manifests)} checkpoints, {size_text(freed)}" + (
-        "; nothing was changed: give --yes to remove them" if dry_run and dropped else ""
+
+
+def _needs(run: Storage, name: str) -> bool:
+    """Whether the run `name`, which has a pin here, goes on from something here, or is yet to. Its pin may be left over
+    from a process that ended before it could let go."""
+    fork = run.sibling(name)
+    history = read_history(fork)
+    if not history.paths:
+        return bool(fork.folders(""))
+    try:
+        manifests = [history.read(path) for path in history.paths]
+    except DamagedError:
+        return True
+    return run.url.rpartition("/")[2] in _owners(manifests)
+
+
+def _owners(manifests: Iterable[Manifest]) -> set[str]:
+    """Other runs that have what these name."""
+    return {part.run for m in manifests for part in m.parts if part.run}
+
+
+def _release_all(run: Storage) -> None:
+    """Delete all pins that this run may have in others."""
+    owners = _owners(read_history(run).read_line()[0])
+    if run.exists(FORK):
+        try:
+            parent = str(json.loads(run.get(FORK, at_most=MAX_BYTES))["parent"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedError(f"{run.url}/{FORK} does not say from which run this is a fork.") from error
+        owners |= {parent} | _owners(read_history(run.sibling(parent)).read_line()[0])
+    for owner in owners:
+        release(run.sibling(owner), run.url.rpartition("/")[2])
+
+
+def own(run: Storage) -> str:
+    """Give a fork a copy of the base that it shares with the run it was forked from, and let go of that. Returns what
+    was done. RunBusyError if it is being trained."""
+    read_config(run)
+    history = read_history(run)
+    line, whole = history.read_line()
+    if not _owners(line):
+        if line and whole and not history.unreadable:  # a process may have ended before it let go
+            _release_all(run)
+        return f"{run.url} needs nothing of other runs."
+    attempt = claim(run).attempt(1)
+    paths, rollbacks, _ = where_to_go_on(run)
+    head = read_record(run, paths[-1])
+    if head.base is None or not head.base.run:
+        return f"{run.url} goes on with a base of its own; older checkpoints need others until they are removed."
+    if problem := " ".join(problem for part in head.parts if (problem := _problem(run, part))):
+        raise DamagedError(f"{problem} Nothing was changed: the run may go on from an older checkpoint.")
+    base, other = head.base, run.sibling(head.base.run)
+    folder = f"base/step-{head.step:08d}-{attempt}"
+    in_flight(lambda o: other.copy(f"{base.folder}/{o.path}", run, f"{folder}/{o.path}"), base.objects)
+    ours = base.model_copy(update={"folder": folder, "run": ""})
+    if problem := _problem(run, ours):
+        raise DamagedError(problem)
+    update = {"format": FORMAT, "base": ours, "attempt": attempt, "line": (), "rollbacks": rollbacks}
+    update["unix_time"] = time.time()
+    manifest = head.model_copy(update=update)
+    Commits(run, CheckpointConfig(save_every_steps=1)).decide(
+        attempt, manifest.path, manifest.model_dump_json(indent=1).encode()
+    )
+    release(other, run.url.rpartition("/")[2])
+    return (
+        f"{run.url} has a base of its own after step {head.step:,}, and needs {other.url} no longer. Its older "
+        f"checkpoints are removed when it goes on."
     )
 
 
 def copy(run: Storage, out: Storage, step: int | None) -> Manifest:
-    """Copy one checkpoint, verified on the way, with all that makes OUT a run that can be resumed and exported."""
-    cfg = _at(out, read_config(run))
+    """Copy one checkpoint, verified on the way, with all that makes OUT a run that can be resumed and exported. If the
+    run is being trained and removes it meanwhile, the next newest is copied."""
     if out.list():
         raise ConfigError(f"{out.url} is not empty. Give a new folder, or delete it first.")
-    manifest = read_manifest(run, _existing(run, step))
-    for path in [DATA, *run.list("tokenizer"), *run.list(ROLLBACKS)]:
-        out.put(path, run.get(path))
+    _at(out, read_config(run))  # before anything is written
+    while True:
+        paths, rollbacks, _ = where_to_go_on(run)
+        existing = read_manifest(run, _existing(run, step))
+        manifest = existing if step is not None or not paths else read_record(run, paths[-1])
+        if manifest.path not in paths:  # the run has gone back from it
+            rollbacks = tuple(r for r in rollbacks if r.number <= manifest.counters.rollbacks)
+        try:
+            return _copy(run, out, manifest, rollbacks)
+        except DamagedError:
+            if manifest.path in read_history(run).standing:
+                raise
+            logger.warning("%s was removed by the run's own retention while it was copied", manifest.path)
+
+
+def _copy(run: Storage, out: Storage, manifest: Manifest, rollbacks: tuple[Rollback, ...]) -> Manifest:
     for part in manifest.parts:
         in_flight(partial(_copy_object, run, out, part), part.objects)
-    own = {kind: part.model_copy(update={"run": ""}) for kind in ("base", "delta") if (part := getattr(manifest, kind))}
-    manifest = manifest.model_copy(update=own)
-    out.put(CONFIG, to_yaml(cfg).encode())
-    out.put(manifest.path, manifest.model_dump_json(indent=1).encode())  # last: it says that all is there
+    rollbacks = tuple(r for r in rollbacks if r.to_step <= manifest.step)
+    setting, term = find_setting(run), claim(out)
+    tokenizer = {name: setting.get(name) for name in setting.names() if name.startswith("tokenizer/")}
+    write_setting(out, term, _at(out, setting.config()), setting.get(DATA), tokenizer)
+    parts = {
+        kind: part.model_copy(update={"run": ""}) for kind in ("base", "delta") if (part := getattr(manifest, kind))
+    }
+    setup = find_setting(out).record()
+    update = parts | {"format": FORMAT, "line": (), "rollbacks": rollbacks, "attempt": term.attempt(1), "setup": setup}
+    manifest = manifest.model_copy(update=update)
+    out.put_new(manifest.path, manifest.model_dump_json(indent=1).encode())  # last: it says that all is there
     return manifest
 
 
@@ -169,6 +320,12 @@ def _at(out: Storage, cfg: RunConfig) -> RunConfig:
 def _steps(run: Storage) -> list[int]:
     read_config(run)  # ConfigError if it is not a run
     return list_manifests(run)
+
+
+def _step(path: str) -> int:
+    key = key_of(path)
+    assert key is not None
+    return key[1]
 
 
 def _existing(run: Storage, step: int | None) -> int:
@@ -214,6 +371,8 @@ def main() -> int:
         "verify": "read every byte and compare it with what the manifest recorded",
         "prune": "remove old checkpoints; without --yes only say which",
         "copy": "copy one checkpoint to another prefix, as a run of its own",
+        "own": "give a fork a copy of the base that it shares with the run it was forked from",
+        "delete": "remove a run, unless runs that were forked from it need it; without --yes only say whether",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -227,6 +386,8 @@ def main() -> int:
             command.add_argument("--keep-last", type=_positive, required=True, help="how many of the newest to keep")
             command.add_argument("--keep-every-steps", type=int, default=0, help="also keep multiples of this")
             command.add_argument("--yes", action="store_true", help="remove them")
+        if name == "delete":
+            command.add_argument("--yes", action="store_true", help="remove it")
         add_options_argument(command)
     args = parser.parse_args()
     try:
@@ -247,6 +408,13 @@ def _run(args: argparse.Namespace, run: Storage, options: dict[str, object]) -> 
     if args.command == "copy":
         manifest = copy(run, Storage(args.out, options), args.step)
         print(f"wrote {args.out}: the checkpoint after step {manifest.step:,}")
+        return 0
+    if args.command == "own":
+        print(own(run))
+        return 0
+    if args.command == "delete":
+        delete(run, dry_run=not args.yes)
+        print(f"removed {run.url}" if args.yes else f"{run.url} is needed by no other run: give --yes to remove it")
         return 0
     lines = {
         "list": lambda: list_lines(run),

@@ -25,7 +25,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from relora_ray.masking import REFERENCE, SECRET_NAME
+from relora_ray.location import location_problem, secret_in_url, shown
+from relora_ray.masking import REFERENCE, must_be_reference
 from relora_ray.plan import Plan, all_values, cycle_ends, read_plan, value_at
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
 
@@ -42,16 +43,11 @@ def _rule(text: str) -> PydanticCustomError:
 
 
 def _location(value: str) -> str:
-    """A folder or URL as it will be used: `~` expanded; blank, half-written or unexpanded ones refused."""
-    if not value.strip() or value != value.strip():
-        raise _rule("is blank or has spaces around it. Give a folder or a URL.")
+    """A folder or URL as it will be used: `~` expanded; one that is not plain (location.py), or unexpanded, refused."""
+    if problem := location_problem(value):
+        raise _rule(problem)
     if "$" in value:
         raise _rule("has a $: environment variables are not expanded here. Write the path out.")
-    scheme = re.match(r"([a-z][a-z0-9+.-]+):(//)?(.*)", value)
-    if scheme and (not scheme[2] or not scheme[3].strip("/")):
-        raise _rule("is half a URL. Write it as scheme://bucket/prefix, such as s3://bucket/runs.")
-    if scheme and scheme[1] == "file" and not scheme[3].startswith("/"):
-        raise _rule("is relative: a file:// URL must be absolute, such as file:///data/runs.")
     return os.path.expanduser(value)
 
 
@@ -66,19 +62,24 @@ class _Mapping(dict[str, Any]):
 
 
 def _storage_options(value: dict[str, Any]) -> dict[str, Any]:
-    """Options as given; a secret among them must be the name of an environment variable."""
+    """Options as given; what may be a secret among them must be the name of an environment variable."""
     for dotted, option in flatten(value).items():
-        if SECRET_NAME.search(dotted) and not (isinstance(option, str) and REFERENCE.fullmatch(option)):
-            name = dotted.rpartition(".")[2].upper()
-            raise PydanticCustomError(
-                "secret_option",
-                "{text}",
-                {
-                    "text": f"{dotted} must not be written out: the config is stored and shown. Name an environment "
-                    f"variable that holds it, such as {dotted}: $STORAGE_{name}."
-                },
+        if isinstance(option, str) and REFERENCE.fullmatch(option):
+            continue
+        if must_be_reference(dotted, option):
+            raise _secret_option(
+                f"{dotted} must not be written out: the config is stored and shown, and this is no option that is "
+                f"known to hold no secret. Name an environment variable that holds it, such as {dotted}: "
+                f"$STORAGE_{re.sub(r'[^A-Z0-9_]', '_', dotted.rpartition('.')[2].upper())}."
             )
+        if isinstance(option, str) and (problem := secret_in_url(option)):
+            raise _secret_option(f"{dotted}={shown(option)} {problem}")
     return _Mapping(value)
+
+
+def _secret_option(text: str) -> PydanticCustomError:
+    """A broken rule of one option, complete but for the section in front: its value must not be shown."""
+    return PydanticCustomError("secret_option", "{text}", {"text": text})
 
 
 Options = Annotated[dict[str, Any], AfterValidator(_storage_options)]
@@ -122,10 +123,14 @@ class ModelConfig(Section):
 
     @field_validator("init_from")
     @classmethod
-    def _check_step(cls, value: str) -> str:
-        _, at, step = value.partition("@")
+    def _check_place(cls, value: str) -> str:
+        if secret_in_url(value):
+            raise _rule(secret_in_url(value))
+        place, at, step = value.partition("@")
         if at and not step.isdigit():
             raise _rule(f"names {step!r} after the @, not a checkpoint's step. Write RUN@STEP, such as runs/a@5000.")
+        if value and (problem := location_problem(place)):
+            raise _rule(problem)
         return value
 
     @model_validator(mode="after")
@@ -360,9 +365,10 @@ class TrainConfig(Section):
     """A step whose loss or gradient is not finite is skipped and counted; more than this many in a row and the run has
     diverged. Schedule, boundaries and data do not shift."""
     divergence_nats: float = Field(2.0, gt=0)
-    """A loss this far above the average of the last hundred or so is a sign of divergence, ..."""
+    """A loss this far above the best that its average over a hundred updates or so has been since the last boundary is
+    a sign of divergence, as is one that is not finite, ..."""
     divergence_steps: int = Field(20, gt=0)
-    """... and so many signs in a row are divergence."""
+    """... and so many signs among the last twice as many updates are divergence."""
     max_rollbacks: int = Field(3, ge=0)
     """A run that has diverged goes back to the last boundary before it, and does not make the updates around the
     first sign (rollback.py): at most so often. Then it ends. 0: only losses that are not finite end it, at once."""
@@ -380,7 +386,8 @@ class CheckpointConfig(Section):
     save_every_steps: int = Field(gt=0)
     """Save after every so many updates, besides the start, every boundary and the end."""
     keep_last: int = Field(3, gt=0)
-    """Checkpoints to keep, newest first. That of the last boundary is kept too, and a base that a kept delta needs."""
+    """Checkpoints to keep, newest first. Those of the last two boundaries are kept too, so that a run that diverges can
+    go back, and every base that a kept delta needs."""
     keep_every_steps: int = Field(0, ge=0)
     """Also keep every checkpoint at a multiple of this; 0: none."""
     save_async: bool = True
@@ -400,8 +407,10 @@ class ClusterConfig(Section):
     """Whole CPUs reserved per worker, and its number of compute threads."""
     gpus_per_worker: int = Field(0, ge=0, le=1)
     """1: every worker has a GPU to itself, with NCCL; 0: training on the CPU with gloo."""
-    max_failures: int = Field(100, ge=-1)
-    """Attempts that may fail before the run gives up; -1: any number. Resizes are no failures."""
+    max_failures: int = Field(20, ge=-1)
+    """Attempts that may fail one after the other, without a checkpoint committed in between, before the run gives up;
+    -1: any number. A run that gets on may fail any number of times in all. Resizes, and going back after a divergence,
+    are no failures. Before an attempt that follows one without a step there is a pause: 1, 2, 4, ... 60 s."""
     collective_timeout_s: int = Field(600, gt=0)
     """A collective operation that takes longer fails the attempt."""
     stall_timeout_s: int = Field(900, gt=0)
@@ -411,13 +420,14 @@ class ClusterConfig(Section):
 
 
 class RunConfig(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run: its folder under `storage`."""
+    name: str = Field(pattern=r"^[A-Za-z0-9](\.?[A-Za-z0-9_-])*$")
+    """Name of the run: its folder under `storage`. Letters, digits, dashes, underscores, and single dots within."""
     storage: Location = "runs"
     """Folder or URL under which runs live: s3://, gs://, abfss://, or a folder that all machines share."""
     storage_options: Options = {}
     """For the fsspec file system of `storage`, such as endpoint_url. `$NAME` is read from the environment where it is
-    used, and secrets must be written so. S3 also takes the usual AWS_* variables, profiles and instance roles."""
+    used. Text must be written so unless its option is known to hold no secret (`LITERAL_OPTIONS` in masking.py). S3
+    also takes the usual AWS_* variables, profiles and instance roles."""
     storage_retry_s: float = Field(60, gt=0)
     """A remote read or write that fails in passing is tried again for so many seconds."""
     seed: int = Field(0, ge=0)

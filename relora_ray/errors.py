@@ -44,6 +44,10 @@ class DamagedError(CheckpointError):
     """A checkpoint whose bytes are gone or not those that were stored: the one reason to fall back to an older."""
 
 
+class SupersededError(CheckpointError):
+    """Another driver owns the run by now."""
+
+
 class DivergedError(ReloraError):
     """The loss exploded, and the run may not go back (again)."""
 

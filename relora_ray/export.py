@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from relora_ray.errors import ConfigError, ReloraError
-from relora_ray.runs import export_model, load_trained
+from relora_ray.runs import export_model, find_setting, load_trained
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
 
@@ -19,7 +19,9 @@ def export(run: Storage, out: Storage, *, step: int | None = None, dtype: torch.
     if out.exists("config.json"):
         raise ConfigError(f"{out.url} holds a model already. Choose another folder, or delete it first.")
     trained = load_trained(run, step)
-    export_model(trained.storage, trained.cfg, trained.method.dense_state_dict(trained.model), out, dtype=dtype)
+    export_model(
+        find_setting(trained.storage), trained.cfg, trained.method.dense_state_dict(trained.model), out, dtype=dtype
+    )
     return trained.manifest.step
 
 

@@ -3,7 +3,7 @@
 Right after a boundary adapters are drawn anew and B is zero: the function lies in the frozen weights, the embeddings,
 norms and head. A fork takes these over, with the moments that they have, and draws adapters as its own config says: of
 another rank, for another cycle, under another learning rate. Its first checkpoint names the parent's base instead of
-copying it, and the parent keeps the checkpoint that it was forked from.
+copying it, and a pin has the parent keep that base for as long as a checkpoint of the fork needs it.
 
 A fork from the end of a warm start is, bit for bit, the run that would have trained the warm start itself, if its
 config gives the warm start's updates the same rows and learning rates: `warm_start_digest` tells.
@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 
-from relora_ray.checkpoint import Checkpointer, existing_step, list_manifests, pin, read_manifest
+from relora_ray.checkpoint import Checkpointer, list_manifests
+from relora_ray.checkpoint.history import FORK, pin, pin_base_only
+from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
-from relora_ray.errors import CheckpointError, ConfigError
+from relora_ray.errors import ConfigError
 from relora_ray.loop import build_state, identity_digest
 from relora_ray.methods import build_method
 from relora_ray.parallel import World
-from relora_ray.runs import FORK, claim, read_config, run_storage
+from relora_ray.runs import begin, check_run, find_setting, read_config, run_storage
 from relora_ray.schedule import lr_multiplier
 
 MAY_DIFFER = (
@@ -37,39 +39,37 @@ def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:
     Returns the config as it will run. Does nothing if the run has a checkpoint. ConfigError if the two do not fit,
     CheckpointError or DamagedError if the parent's checkpoint is not there or not whole. One process, on the CPU.
     """
-    cfg = claim(cfg)
     storage = run_storage(cfg)
     if list_manifests(storage):
-        return cfg
+        return check_run(cfg)
+    term = claim(storage)
+    if list_manifests(storage):  # of another that was quicker
+        return check_run(cfg)
+    cfg = begin(cfg, term)
     source, method = storage.sibling(parent), build_method(cfg)
-    known = read_config(source)
-    _refuse_if_unfit(cfg, known, parent, step)
-    existing_step(source, step)
-    pin(source, cfg.name, step)  # before it is read, so that the parent's own pruning leaves it
-    manifest = read_manifest(source, step)
+    _refuse_if_unfit(cfg, read_config(source), parent, step)
+    storage.put(FORK, json.dumps({"parent": parent, "step": step}).encode())  # says where there may be pins
+    manifest = pin(source, cfg.name, step, term.number)  # before it is read: the parent may be training
     checkpointer = Checkpointer(
         storage,
         cfg.checkpoint,
         World(),
+        attempt=term.attempt(1),
         identity=identity_digest(cfg, cfg.data.fingerprint),
         data_fingerprint=cfg.data.fingerprint,
         tokens_per_step=cfg.tokens_per_step,
+        setup=find_setting(storage).record(),
     )
     try:
         state = build_state(cfg, method, World(), step)
         frozen, fresh = method.frozen_names(state.model), method.fresh_names(state.model)
         position = checkpointer.take_over(manifest, parent, state.model, state.optimizer, frozen, fresh)
-        storage.put(FORK, json.dumps({"parent": parent, "step": step}).encode())
         checkpointer.save(position, state.model, state.optimizer, frozen, needed=True)
         checkpointer.close()
     except BaseException:
         checkpointer.close(failed=True)
         raise
-    if step not in list_manifests(source):
-        raise CheckpointError(
-            f"{source.url} removed its checkpoint at step {step} while {storage.url} was forked from it. Delete "
-            f"{storage.url} and fork it from another."
-        )
+    pin_base_only(source, cfg.name, manifest, term.number)
     return cfg
 
 

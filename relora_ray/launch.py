@@ -1,6 +1,6 @@
 """Train a run, or a sweep: what `ray job submit` calls.
 
-    python -m relora_ray.launch CONFIG [key=value ...] [--dry-run]
+    python -m relora_ray.launch CONFIG [key=value ...] [--dry-run] [--wait]
 
 Starting and continuing after a crash are this one command. Uses the Ray cluster of RAY_ADDRESS (Ray jobs have
 it set), or else starts a local Ray. Exit codes: 0 done, 1 failed, 2 refused before anything was spent,
@@ -28,6 +28,9 @@ def main() -> int:
         "overrides", nargs="*", metavar="key=value", help="such as steps=300 optimizer.learning_rate=1e-3"
     )
     parser.add_argument("--dry-run", action="store_true", help="check config, storage, data and machines, and end")
+    parser.add_argument(
+        "--wait", action="store_true", help="if another driver trains the run, wait for its end, and go on from there"
+    )
     args = parser.parse_intermixed_args()
     try:
         cfg, train = (_prepare_sweep if is_sweep(args.config) else _prepare_run)(args)
@@ -61,12 +64,12 @@ def _prepare_run(args: argparse.Namespace) -> Prepared:
     from relora_ray.runs import run_storage
     from relora_ray.runtime import driver
 
-    cfg = driver.preflight(cfg, dry_run=args.dry_run)
+    cfg = driver.preflight(cfg)
 
     def train() -> int:
         progress = Progress(cfg, sys.stdout)
         try:
-            driver.run(cfg, on_event=progress)
+            driver.run(cfg, on_event=progress, wait=args.wait)
         finally:
             progress.close()
         print(summary(run_storage(cfg)))

@@ -19,20 +19,22 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from relora_ray.checkpoint import Checkpointer, Committer, Position, Saved
-from relora_ray.checkpoint.manifest import Counters
+from relora_ray.checkpoint import Checkpointer, Committer, Manifest, Position, Rollback, Saved
+from relora_ray.checkpoint.manifest import Counters, read_record
+from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig, flatten
 from relora_ray.data.loader import BatchSource, MicroBatch
 from relora_ray.data.tokens import Split, TokenRows
-from relora_ray.errors import CheckpointError, DamagedError, DivergedError, NonFiniteError, ReloraError, RolledBackError
+from relora_ray.divergence import begin_cycle, diverged, observe
+from relora_ray.errors import CheckpointError, DamagedError, DivergedError, NonFiniteError, RolledBackError
 from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
 from relora_ray.metrics import MetricsLog, Record, StepTimer, perplexity
 from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
-from relora_ray.rollback import Rollback, diverged, observe, read_rollbacks, roll_back, skipped
-from relora_ray.runs import MODEL, check_visible, data_storage, export_model, new_model, open_data, run_storage
+from relora_ray.rollback import roll_back, skipped, where_to_go_on
+from relora_ray.runs import MODEL, begin, data_storage, export_model, find_setting, new_model, open_data, run_storage
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
 from relora_ray.token_loss import TokenLoss
@@ -68,8 +70,9 @@ class Supervisor(Protocol):
     def save_wanted(self) -> bool:
         """Whether the state is to be stored after this step. Asked at every step: must cost nothing."""
 
-    def leaving(self) -> list[int]:
-        """Ranks that will soon be gone: the others store what theirs would be (rank 0 is asked)."""
+    def begin_save(self, step: int) -> list[int]:
+        """The wanted checkpoint is about to be stored (rank 0 says so, before any rank does). Returns the ranks that
+        will soon be gone: the others store what theirs would be."""
 
     def pause(self, step: int, stored: bool) -> None:
         """The wanted checkpoint is stored, or is not; returns when training may go on."""
@@ -79,6 +82,7 @@ def run_attempt(
     cfg: RunConfig,
     world: World,
     *,
+    attempt: str | None = None,
     on_record: OnRecord | None = None,
     committer: Committer | None = None,
     supervisor: Supervisor | None = None,
@@ -86,21 +90,26 @@ def run_attempt(
 ) -> TrainState:
     """Bring the run from its newest checkpoint to its end; returns the final state.
 
-    RolledBackError if it diverged: call this again. `on_record` sees every metrics record on every rank. `committer`:
+    RolledBackError if it diverged: call this again. `attempt`: its name, of a term that is held; None: rank 0 claims a
+    term for it. `on_record` sees every metrics record on every rank. `committer`:
     who gathers the ranks' shares of a checkpoint and commits it; default: rank 0. `cause`: why this attempt begins, for
     the record. Safe to call again on a finished run: it then only writes the export that may be missing.
     """
     storage = run_storage(cfg)
-    check_visible(cfg)
+    if attempt is None:
+        attempt = world.on_first(lambda: _begin_alone(cfg))
+    setting = world.on_all(lambda: find_setting(storage))
     method = build_method(cfg)
     data = open_batches(cfg, world)
     checkpointer = Checkpointer(
         storage,
         cfg.checkpoint,
         world,
+        attempt=attempt,
         identity=identity_digest(cfg, data.fingerprint),
         data_fingerprint=data.fingerprint,
         tokens_per_step=cfg.tokens_per_step,
+        setup=setting.record(),
         committer=committer,
         timeout_s=cfg.cluster.collective_timeout_s,
     )
@@ -114,15 +123,14 @@ def run_attempt(
 
     closed = False
     try:
-        rollbacks = world.on_first(lambda: read_rollbacks(storage))
-        state, saved = resume(cfg, method, checkpointer, world, rollbacks)
+        state, saved = resume(cfg, method, checkpointer, world, storage)
         emit(_attempt_record(cfg, state, checkpointer, world) | {"cause": cause})
-        skip = skipped(rollbacks).union(cfg.train.skip_steps)
+        skip = skipped(state.position.rollbacks, cfg.steps).union(cfg.train.skip_steps)
         train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, skip=skip, already_saved=saved)
         closed = True
         _emit_saved(emit, checkpointer.close())
         if world.is_first and state.position.step == cfg.steps:
-            _export_if_missing(cfg, method, state, storage)
+            _export_if_missing(cfg, method, state, storage, checkpointer)
         emit(
             {
                 "kind": "end",
@@ -159,7 +167,11 @@ def train(
         emit(evaluate(cfg, world, state, data.validation))
 
     def save(*, wanted: bool = False) -> None:
-        leaving = world.broadcast(supervisor.leaving() if world.is_first else None) if wanted and supervisor else []
+        leaving = (
+            world.broadcast(supervisor.begin_save(state.position.step) if world.is_first else None)
+            if wanted and supervisor
+            else []
+        )
         frozen = method.frozen_names(state.model)
         results = checkpointer.save(
             state.position,
@@ -253,44 +265,66 @@ def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchS
 
 
 def resume(
-    cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World, rollbacks: list[Rollback]
+    cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World, storage: Storage
 ) -> tuple[TrainState, bool]:
     """The state of the newest checkpoint that is whole, or a new one; and whether it is saved already.
 
-    A newer checkpoint that is damaged, or from which the run went back, is set aside with its reason, once an older one
-    has been restored; CheckpointError if there is none.
+    A newer one that is damaged is passed over, with its reason, once an older one has been restored; CheckpointError if
+    there is none. Nothing is removed: it stays until later commits have taken its place.
     """
-    rejected: list[tuple[int, ReloraError]] = []
-    for step, manifest in checkpointer.newest():
-        if isinstance(manifest, DamagedError):
-            rejected.append((step, manifest))
-            continue
-        if back := [r for r in rollbacks if r.abandons(manifest)]:
-            rejected.append((step, DivergedError(f"{back[0].why}: {back[0]}.")))
-            continue
-        state = build_state(cfg, method, world, step)
+
+    def look() -> tuple[list[str], list[str], list[tuple[str, str]]]:
+        paths, rollbacks, unreadable = where_to_go_on(storage)
+        return paths, [r.model_dump_json() for r in rollbacks], [(path, str(error)) for path, error in unreadable]
+
+    paths, told, rejected = world.on_first(look)
+    rollbacks = tuple(Rollback.model_validate_json(text) for text in told)
+    for number in reversed(range(len(paths))):
         try:
-            state.position = checkpointer.restore(
-                manifest, state.model, state.optimizer, method.frozen_names(state.model)
-            )
+            state = _restored(cfg, method, checkpointer, world, storage, paths[: number + 1])
         except DamagedError as error:
-            rejected.append((step, error))
-            del state
+            rejected.append((paths[number], str(error)))
             continue
         for newer, reason in rejected:
-            checkpointer.set_aside(newer, str(reason))
-        counters = state.position.counters.model_copy(update={"rollbacks": len(rollbacks)})
-        state.position = replace(state.position, counters=counters)
+            if world.is_first:
+                step = state.position.step
+                logger.warning("%s is passed over, and the run goes on from step %d: %s", newer, step, reason)
+        _go_on_with(state, rollbacks)
         return state, True
     if rejected:
+        world.on_first(checkpointer.fence)  # whoever owns the run by now may have removed what this one looked for
         raise CheckpointError(
             f"none of the {len(rejected)} checkpoints is whole; the newest: {rejected[0][1]} Nothing was changed. "
             f"Restore the files, or set another name to start again."
         )
     state = build_state(cfg, method, world, 0)
     world.assert_same(digest(list(state.model.state_dict().values())), "at the start")
-    state.position = replace(state.position, counters=Counters(rollbacks=len(rollbacks)))
+    _go_on_with(state, rollbacks)
     return state, False
+
+
+def _restored(
+    cfg: RunConfig, method: Method, checkpointer: Checkpointer, world: World, storage: Storage, line: list[str]
+) -> TrainState:
+    """The state of the last checkpoint of a line. DamagedError if it is not whole."""
+    manifest = Manifest.model_validate_json(world.on_first(lambda: read_record(storage, line[-1]).model_dump_json()))
+    state = build_state(cfg, method, world, manifest.step)
+    frozen = method.frozen_names(state.model)
+    state.position = checkpointer.restore(manifest, tuple(line), state.model, state.optimizer, frozen)
+    return state
+
+
+def _go_on_with(state: TrainState, rollbacks: tuple[Rollback, ...]) -> None:
+    counters = state.position.counters.model_copy(update={"rollbacks": len(rollbacks)})
+    state.position = replace(state.position, counters=counters, rollbacks=rollbacks)
+
+
+def _begin_alone(cfg: RunConfig) -> str:
+    """Own the run without a driver; the name of an attempt."""
+    storage = run_storage(cfg)
+    term = claim(storage)
+    begin(cfg, term)
+    return term.attempt(1)
 
 
 def open_batches(cfg: RunConfig, world: World) -> Data:
@@ -379,7 +413,7 @@ def _clip(model: nn.Module, grad_clip: float) -> float:
 
 def _count(cfg: RunConfig, counters: Counters, loss: float, done: int) -> Counters:
     """After an update with this loss; nan if it or the gradient was not finite, and the update not made."""
-    counters = observe(cfg.train, counters, loss)
+    counters = observe(cfg.train, counters, done - 1, loss)
     if math.isfinite(loss):
         return counters.model_copy(update={"skipped_in_a_row": 0})
     in_a_row = counters.skipped_in_a_row + 1
@@ -399,8 +433,15 @@ def _end_if_diverged(
         return
     if back:
         checkpointer.settle()  # or its commit may prune the checkpoint that is chosen now
-        storage = run_storage(cfg)
-        if rollback := world.on_first(lambda: roll_back(cfg, storage, method, counters, done, why)):
+
+        def go_back() -> str:
+            before = checkpointer.steps()
+            rollback = roll_back(cfg, method, before, counters, done, why, attempt=checkpointer.attempt)
+            if rollback is not None:
+                checkpointer.roll_back(rollback)
+            return "" if rollback is None else str(rollback)
+
+        if rollback := world.on_first(go_back):
             raise RolledBackError(f"{why}: {rollback}")
     elif in_a_row <= allowed:
         return
@@ -435,7 +476,7 @@ def _cross_boundary(
     state.optimizer = report.optimizer
     value = digest(list(state.model.state_dict().values()))
     agree("after", value)
-    counters = state.position.counters
+    counters = begin_cycle(state.position.counters)
     if report.kind == "merge":
         counters = counters.model_copy(update={"merges": counters.merges + 1})
     state.position = replace(state.position, boundary=done, counters=counters)
@@ -482,10 +523,14 @@ def _emit_saved(emit: OnRecord, results: list[Saved]) -> None:
         )
 
 
-def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storage: Storage) -> None:
+def _export_if_missing(
+    cfg: RunConfig, method: Method, state: TrainState, storage: Storage, checkpointer: Checkpointer
+) -> None:
+    """The last checkpoint is committed, so whoever exports it, however late, writes the same bytes."""
     out = storage.child(MODEL)
     if not out.exists("config.json"):
-        export_model(storage, cfg, method.dense_state_dict(state.model), out)
+        checkpointer.fence()
+        export_model(find_setting(storage), cfg, method.dense_state_dict(state.model), out)
 
 
 def _train_record(

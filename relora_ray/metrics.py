@@ -1,7 +1,7 @@
 """Metrics as JSON lines: one record per event, plain Python values, units in the key names.
 
 Records have a `kind`: train, eval, boundary, checkpoint, attempt or end. Everything that may be plotted goes
-here; `read` gives one series over all attempts of a run, the latest attempt winning where steps were repeated.
+here; `read` gives one series over all attempts of a run, of the steps that count: see `mark_abandoned`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,27 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
+from relora_ray.checkpoint.ownership import ATTEMPT, AttemptKey, attempt_key
 from relora_ray.errors import StorageError
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+_ATTEMPT = re.compile(ATTEMPT)
+_PAGE = re.compile(rf"(?:step-(\d+))?-?({ATTEMPT})?")
+"""Names in restarts/ and ledger/: an attempt, a step of versions that named no attempt, or both."""
+_NUM_READS = 16
+"""Requests under way at once. A run that was restarted often has thousands of small objects."""
 
 
 class MetricsLog:
@@ -86,24 +94,51 @@ class MetricsLog:
         return True
 
 
-def read_kinds(storage: Storage) -> dict[str, list[Record]]:
-    """All records by kind, attempt by attempt; no record of a kind is an empty list. Reads the whole log, once. A line
+def read_attempts(storage: Storage) -> list[tuple[str, list[Record]]]:
+    """All records by attempt, the earliest attempt first, those that do not count marked. Reads the whole log. A line
     that a crash cut short is left out."""
-    kinds: dict[str, list[Record]] = defaultdict(list)
-    for path in storage.list("metrics"):
-        for line in storage.get(path).decode().splitlines():
+    paths = sorted(storage.list("metrics"), key=_segment_key)
+    attempts: dict[str, list[Record]] = {}
+    for path, data in zip(paths, _get_all(storage, paths), strict=True):
+        records = attempts.setdefault(path.split("/")[1], [])
+        for line in data.decode().splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if isinstance(record, dict) and "kind" in record:
-                kinds[record["kind"]].append(record)
+                records.append(record)
+    mark_abandoned(list(attempts.values()))
+    return list(attempts.items())
+
+
+def mark_abandoned(attempts: Sequence[Sequence[Record]]) -> None:
+    """Give `abandoned: True` to every record that does not count. `attempts`: the records of each, the earliest first.
+
+    An attempt's records count only up to the step from which a later attempt started: what it did after that was lost
+    or given up, also while the later one has not come so far, or never will. An attempt started where its first record
+    is, whose kind is attempt.
+    """
+    until = math.inf
+    for records in reversed(attempts):
+        for record in records:
+            if record.get("step", 0) > until:
+                record["abandoned"] = True
+        until = min([until, *(record["step"] for record in records if "step" in record)])
+
+
+def read_kinds(storage: Storage) -> dict[str, list[Record]]:
+    """All records by kind, attempt by attempt; no record of a kind is an empty list. Reads the whole log, once."""
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    for _, records in read_attempts(storage):
+        for record in records:
+            kinds[record["kind"]].append(record)
     return kinds
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Of one kind's records one per step, by step: the latest attempt's."""
-    by_step = {record["step"]: record for record in records}
+    """Of one kind's records one per step that counts, by step: the latest attempt's."""
+    by_step = {record["step"]: record for record in records if "abandoned" not in record}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -118,13 +153,41 @@ def perplexity(loss: float) -> float:
 
 
 def read(storage: Storage, kind: str) -> list[Record]:
-    """One record of a kind per step, by step: the latest attempt's."""
+    """One record of a kind per step that counts, by step: the latest attempt's."""
     return latest(read_all(storage, kind))
 
 
 def read_pages(storage: Storage, folder: str) -> list[Record]:
-    """What the coordinator wrote into restarts/ or ledger/: one object each, by name."""
-    return [json.loads(storage.get(path)) for path in storage.list(folder)]
+    """What the coordinator wrote into restarts/ or ledger/, one object each: by step, if their names have one, and then
+    by attempt."""
+    paths = sorted(storage.list(folder), key=_page_key)
+    return [json.loads(data) for data in _get_all(storage, paths)]
+
+
+def _get_all(storage: Storage, paths: Sequence[str]) -> list[bytes]:
+    if not paths:
+        return []
+    with ThreadPoolExecutor(_NUM_READS, thread_name_prefix="relora-ray-read") as pool:
+        return list(pool.map(storage.get, paths))
+
+
+def attempt_order(name: str) -> AttemptKey:
+    """Later attempts are greater. Names that are no attempt's, which nothing of ours writes, are before all."""
+    return attempt_key(name) if _ATTEMPT.fullmatch(name) else (-1, 0)
+
+
+def _segment_key(path: str) -> tuple[AttemptKey, str, int, str]:
+    """Numbers as numbers: attempt 10000 is after 9999. Of two drivers that counted alike, one follows the other."""
+    attempt, _, segment = path.removeprefix("metrics/").rpartition("/")
+    number = segment.removesuffix(".jsonl")
+    return attempt_order(attempt), attempt, int(number) if number.isdigit() else -1, segment
+
+
+def _page_key(path: str) -> tuple[int, AttemptKey, str]:
+    found = _PAGE.fullmatch(path.rpartition("/")[2].removesuffix(".json"))
+    if found is None:
+        return -1, (-1, 0), path
+    return int(found[1] or 0), attempt_key(found[2]) if found[2] else (0, 0), path
 
 
 class StepTimer:

@@ -6,6 +6,7 @@ Everything works unchanged without a process group, as a world of one.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import resource
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from relora_ray import errors
 from relora_ray.errors import RanksDisagreeError, ReloraError
 
 logger = logging.getLogger(__name__)
@@ -87,28 +89,32 @@ class World:
         return [float(v) for v in total.tolist()]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Rank 0's value, on every rank. It travels as JSON: nothing is unpickled from the network."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        return json.loads(broadcast_bytes(json.dumps(value).encode(), self.is_first, self.device))
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """The result of `action` on rank 0, on every rank; its error is raised on every rank too."""
-        result: Any = None
-        error: Exception | None = None
+        """The result of `action` on rank 0, of JSON's types, on every rank; its error is raised on every rank too."""
+        result, error = None, None
         if self.is_first:
-            try:
-                result = action()
-            except ReloraError as caught:
-                error = caught
-            except Exception as caught:  # may not survive the journey: its text does
-                logger.exception("rank 0 failed")
-                error = RuntimeError(f"rank 0: {type(caught).__name__}: {caught}")
-        result, error = self.broadcast((result, error))
-        if error is not None:
+            result, error = _attempted(action)
+        if self.size == 1 and error is not None:
             raise error
+        result, told = self.broadcast((result, _told(error)))
+        if told:
+            raise _error_of(told)
+        return cast(T, result)
+
+    def on_all(self, action: Callable[[], T]) -> T:
+        """What `action` returns here, on every rank; if it fails on any, the first such rank's error on every rank."""
+        result, error = _attempted(action)
+        if self.size == 1 and error is not None:
+            raise error
+        if self.size > 1:
+            told = [json.loads(t) for t in gather_bytes(json.dumps(_told(error)).encode(), self.size, self.device)]
+            if failed := [rank for rank, t in enumerate(told) if t]:
+                raise _error_of(told[failed[0]] | {"rank": failed[0]})
         return cast(T, result)
 
     def assert_same(self, digest: int, what: str) -> None:
@@ -120,6 +126,62 @@ class World:
         dist.all_gather(gathered, mine)
         if odd := disagreement([int(d.item()) for d in gathered]):
             raise RanksDisagreeError(f"{what}: {odd}")
+
+
+def broadcast_bytes(data: bytes, is_source: bool, device: torch.device, group: Any = None) -> bytes:
+    """The bytes of the group's rank 0, which is the source, on every rank."""
+    length = torch.tensor([len(data) if is_source else 0], dtype=torch.int64, device=device)
+    dist.broadcast(length, src=0, group=group)
+    body = _as_tensor(data, device) if is_source else torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(body, src=0, group=group)
+    return bytes(body.cpu().numpy())
+
+
+def gather_bytes(data: bytes, size: int, device: torch.device, group: Any = None) -> list[bytes]:
+    """Every rank's bytes, on every rank."""
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64, device=device), group=group)
+    longest = max(int(length) for length in lengths)
+    bodies = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(size)]
+    dist.all_gather(bodies, _as_tensor(data.ljust(longest, b"\0"), device), group=group)
+    return [bytes(body[: int(length)].cpu().numpy()) for body, length in zip(bodies, lengths, strict=True)]
+
+
+def _as_tensor(data: bytes, device: torch.device) -> torch.Tensor:
+    if not data:  # torch refuses an empty buffer
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+
+def _attempted(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except ReloraError as error:
+        return None, error
+    except Exception as error:  # the other ranks wait for what becomes of it
+        logger.exception("a rank failed")
+        return None, error
+
+
+def _told(error: Exception | None) -> dict[str, Any] | None:
+    """An error as JSON: one of ours keeps its class and what is known of it."""
+    if error is None:
+        return None
+    if not isinstance(error, ReloraError):
+        return {"kind": "", "text": f"{type(error).__name__}: {error}"}
+    marks = {name: getattr(error, name) for name in ("restart_helps", "missing", "exists") if hasattr(error, name)}
+    return {"kind": type(error).__name__, "text": str(error), "marks": marks}
+
+
+def _error_of(told: dict[str, Any]) -> Exception:
+    where = f"rank {told.get('rank', 0)}: "
+    kind = getattr(errors, told["kind"], None)
+    if not (isinstance(kind, type) and issubclass(kind, ReloraError)):
+        return RuntimeError(where + told["text"])
+    error: ReloraError = kind(where + told["text"] if "rank" in told else told["text"])
+    for name, value in told["marks"].items():
+        setattr(error, name, value)
+    return error
 
 
 def disagreement(digests: Sequence[int]) -> str:

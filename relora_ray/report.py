@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator
 
 from relora_ray import metrics
+from relora_ray.checkpoint.history import FORK
 from relora_ray.config import RunConfig
 from relora_ray.metrics import size_text
-from relora_ray.runs import FORK, MODEL, print_about, read_config
+from relora_ray.runs import MODEL, print_about, read_config
 from relora_ray.storage import Storage
 
 

@@ -1,7 +1,9 @@
 """A run's place in storage: what it is, the data it reads, and the model its checkpoints hold.
 
-    <storage>/<name>/config.yaml     fixed by the first checkpoint, compared at every start
-    <storage>/<name>/data.json       the index of the data it reads, and beside it the tokenizer
+    <storage>/<name>/setup/<term>/   written by the owner of a term as long as there is no checkpoint; the first one
+                                     names it, and it stays
+        config.yaml                  compared at every start
+        data.json, tokenizer/        the index of the data it reads, and its tokenizer
     <storage>/<name>/model/          the finished model as a plain Hugging Face folder
 
 The driver uses this before anything is spent, the loop at the start of an attempt, and export and
@@ -12,19 +14,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import nn
 
-from relora_ray.checkpoint import Manifest, existing_step, list_manifests, read_manifest, restore_model
+from relora_ray.checkpoint import (
+    History,
+    Manifest,
+    Setup,
+    existing_step,
+    list_manifests,
+    read_history,
+    read_manifest,
+    restore_model,
+)
+from relora_ray.checkpoint.manifest import SetupObject
+from relora_ray.checkpoint.ownership import Term
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
-from relora_ray.errors import ConfigError, DataError, ReloraError, StorageError
+from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError, ReloraError
 from relora_ray.methods import Method, build_method
 from relora_ray.model import (
     build_model,
@@ -38,11 +53,13 @@ from relora_ray.model import (
 from relora_ray.reference import is_reference_folder, read_reference
 from relora_ray.storage import Options, Storage, add_options_argument, parse_options
 
+logger = logging.getLogger(__name__)
+
+SETUP = "setup"
 CONFIG = "config.yaml"
 DATA = "data.json"
 MODEL = "model"
-FORK = "fork.json"
-"""Of a fork: from which run, and after which step."""
+MAX_SETTING_BYTES = 2**28
 
 
 def run_storage(cfg: RunConfig) -> Storage:
@@ -85,25 +102,18 @@ def check_vocabulary(rows: int, index: DataIndex) -> None:
         )
 
 
-def claim(cfg: RunConfig, *, dry_run: bool = False) -> RunConfig:
-    """Tie the run's folder to this config, and return it with the data's fingerprint filled in.
+def check_run(cfg: RunConfig) -> RunConfig:
+    """See that the run's folder is this config's, and return it with the data's fingerprint filled in. Writes nothing.
 
     Until there is a checkpoint nothing is lost, and a corrected config takes the place of the one before. From
     then on the config must agree in every key that decides the result; ConfigError lists those that differ.
-    Operational keys may change. `dry_run`: compare, and write nothing.
+    Operational keys may change.
     """
     storage = run_storage(cfg)
-    if not list_manifests(storage):
-        cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
-        if not dry_run:
-            _copy_tokenizer(cfg, storage)
-            storage.put(CONFIG, to_yaml(cfg).encode())
-        return cfg
-    if not storage.exists(CONFIG):
-        raise ConfigError(
-            f"{storage.url} holds checkpoints but no {CONFIG}: it is not clear what they are. Restore it."
-        )
-    known = read_config(storage)
+    history = read_history(storage)
+    if not history.paths:
+        return _with_fingerprint(cfg, open_data(cfg).fingerprint)
+    known = find_setting(storage, history).config()
     if not cfg.data.fingerprint:
         cfg = _with_fingerprint(cfg, known.data.fingerprint)
     before, now = known.identity(), cfg.identity()
@@ -119,15 +129,100 @@ def claim(cfg: RunConfig, *, dry_run: bool = False) -> RunConfig:
     return cfg
 
 
-def _copy_tokenizer(cfg: RunConfig, run: Storage) -> None:
-    """What an export needs of the data, so that a run is whole without it."""
-    data = data_storage(cfg)
-    files = data.list("tokenizer")
-    for path in set(run.list("tokenizer")) - set(files):  # of a first config that was corrected
-        run.delete(path)
-    for path in files:  # put over what is there: others may claim the same run at this moment
-        run.put(path, data.get(path))
-    run.put(DATA, data.get("index.json"))
+def begin(cfg: RunConfig, term: Term) -> RunConfig:
+    """What `check_run` does, by the run's owner; if there is no checkpoint yet, what the run is is written down, in a
+    folder of the term, so that nobody writes into another's. The first checkpoint fixes it."""
+    cfg, storage = check_run(cfg), run_storage(cfg)
+    if not read_history(storage).paths:
+        data = data_storage(cfg)  # what an export needs of it is copied, so that a run is whole without it
+        write_setting(storage, term, cfg, data.get("index.json"), {p: data.get(p) for p in data.list("tokenizer")})
+    return cfg
+
+
+def write_setting(run: Storage, term: Term, cfg: RunConfig, data_index: bytes, tokenizer: Mapping[str, bytes]) -> None:
+    out = run.child(f"{SETUP}/{term.number:04d}-{term.driver}")
+    for path, content in {**tokenizer, DATA: data_index, CONFIG: to_yaml(cfg).encode()}.items():
+        out.put(path, content)  # the config last: it says that all is there
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a run says what it is."""
+
+    run: Storage
+    folder: str
+    """Below the run's; empty for runs of versions that had it at the top."""
+    recorded: Setup | None
+    """What the newest checkpoint says must be there."""
+
+    def get(self, name: str) -> bytes:
+        """CheckpointError if it is not what the checkpoints were made with."""
+        data = self.place.get_expected(name, at_most=MAX_SETTING_BYTES)
+        for known in self.recorded.objects if self.recorded else ():
+            if known.path == name and sha256(data).hexdigest() != known.sha256:
+                raise CheckpointError(
+                    f"{self.place.url}/{name} is not the one that the run's checkpoints were made with: somebody has "
+                    f"changed it. Restore it."
+                )
+        return data
+
+    def config(self) -> RunConfig:
+        return parse_config(self.get(CONFIG).decode(), source=f"{self.place.url}/{CONFIG}")
+
+    def names(self) -> list[str]:
+        """All that belongs to it."""
+        if self.recorded is not None:
+            return [known.path for known in self.recorded.objects]
+        return [name for name in (CONFIG, DATA) if self.place.exists(name)] + self.place.list("tokenizer")
+
+    def record(self) -> Setup | None:
+        """For the first checkpoint to name."""
+        if self.recorded is not None or not self.folder:
+            return self.recorded
+        objects = []
+        for name in self.names():
+            data = self.get(name)
+            objects.append(SetupObject(path=name, size_bytes=len(data), sha256=sha256(data).hexdigest()))
+        return Setup(folder=self.folder, objects=tuple(objects))
+
+    @property
+    def place(self) -> Storage:
+        return self.run.child(self.folder) if self.folder else self.run
+
+
+def find_setting(storage: Storage, history: History | None = None) -> Setting:
+    """What the run's newest checkpoint names, or else what its latest owner wrote down. ConfigError if there is none.
+
+    A path that is local to each machine would give every rank a storage of its own, and a restart on another machine an
+    empty one: this finds nothing there.
+    """
+    head = (history or read_history(storage)).head
+    if head is not None and head.setup is not None:
+        return Setting(storage, head.setup.folder, head.setup)
+    if head is None:
+        configs = [path for path in storage.list_surely(SETUP) if path.endswith(f"/{CONFIG}")]
+        if configs:
+            return Setting(storage, max(configs, key=_term_number).rpartition("/")[0], None)
+    if storage.exists(CONFIG):
+        return Setting(storage, "", None)
+    what = f"holds checkpoints but no {CONFIG}" if head is not None else f"is not a run: it has no {CONFIG}"
+    raise ConfigError(
+        f"{storage.url}, as seen from {platform.node()}, {what}. Give a run's folder; if this is one on other "
+        f"machines, its storage is not the same place on all of them: use a shared file system or object storage."
+    )
+
+
+def _term_number(path: str) -> int:
+    number = path.removeprefix(f"{SETUP}/").partition("-")[0]
+    return int(number) if number.isdigit() else -1
+
+
+def is_run(storage: Storage) -> bool:
+    try:
+        find_setting(storage)
+    except ConfigError:
+        return False
+    return True
 
 
 def is_finished(cfg: RunConfig, storage: Storage) -> bool:
@@ -136,26 +231,9 @@ def is_finished(cfg: RunConfig, storage: Storage) -> bool:
     return stored >= cfg.last_step and (stored < cfg.steps or storage.exists(f"{MODEL}/config.json"))
 
 
-def check_visible(cfg: RunConfig) -> None:
-    """See that this process finds the run in storage (every rank, at the start of an attempt).
-
-    A path that is local to each machine would give every rank a storage of its own, and a restart on another
-    machine an empty one. ConfigError then.
-    """
-    storage = run_storage(cfg)
-    if not storage.exists(CONFIG):
-        raise ConfigError(
-            f"{storage.url} has no {CONFIG} as seen from {platform.node()}: storage={cfg.storage!r} is not the same "
-            f"place on all machines. Use a shared file system or object storage."
-        )
-
-
 def read_config(storage: Storage) -> RunConfig:
-    try:
-        text = storage.get(CONFIG).decode()
-    except StorageError as error:
-        raise ConfigError(f"{storage.url} is not a run: {error} Give the folder that holds {CONFIG}.") from error
-    return parse_config(text, source=f"{storage.url}/{CONFIG}")
+    """Of the run in this folder. ConfigError if there is none."""
+    return find_setting(storage).config()
 
 
 def new_model(cfg: RunConfig) -> nn.Module:
@@ -172,7 +250,7 @@ def new_model(cfg: RunConfig) -> nn.Module:
         copy_weights(model, read_reference(reference), f"model.init_from={source!r}")
     elif "://" not in reference and is_hf_folder(reference):
         load_hf_weights(model, reference)
-    elif (run := Storage(reference, _options_for(reference, cfg))).exists(CONFIG):
+    elif is_run(run := Storage(reference, _options_for(reference, cfg))):
         trained = load_trained(run, int(step) if step else None)
         copy_weights(model, trained.method.dense_state_dict(trained.model), f"model.init_from={source!r}")
     else:
@@ -203,9 +281,22 @@ def print_about(command: str, summary: str, text: Callable[[Storage], str]) -> N
 
 
 def load_trained(storage: Storage, step: int | None = None) -> Trained:
-    """The model of a run's newest checkpoint, or of the one at `step`. CheckpointError if it is not there."""
+    """The model of a run's newest checkpoint, or of the one at `step`. CheckpointError if it is not there.
+
+    The run may be training: if it removes the checkpoint meanwhile, the next newest is taken.
+    """
     cfg = read_config(storage)
-    manifest = read_manifest(storage, existing_step(storage, step))
+    while True:
+        manifest = read_manifest(storage, existing_step(storage, step))
+        try:
+            return _load(storage, cfg, manifest)
+        except DamagedError:
+            if manifest.path in read_history(storage).standing:
+                raise
+            logger.warning("%s was removed by the run's own retention while it was read", manifest.path)
+
+
+def _load(storage: Storage, cfg: RunConfig, manifest: Manifest) -> Trained:
     method = build_method(cfg)
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
     method.adapt(model, manifest.step)
@@ -214,7 +305,12 @@ def load_trained(storage: Storage, step: int | None = None) -> Trained:
 
 
 def export_model(
-    run: Storage, cfg: RunConfig, dense: dict[str, torch.Tensor], out: Storage, *, dtype: torch.dtype = torch.float32
+    setting: Setting,
+    cfg: RunConfig,
+    dense: dict[str, torch.Tensor],
+    out: Storage,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a plain Hugging Face folder: merged weights, config, tokenizer. Needs the run only, not its data."""
     with tempfile.TemporaryDirectory(prefix="relora-ray-export-") as folder:
@@ -223,10 +319,11 @@ def export_model(
             {name: t.to(dtype) for name, t in dense.items()},
             folder,
             seq_len=cfg.data.seq_len,
-            end_token_id=json.loads(run.get(DATA))["end_token_id"],
+            end_token_id=json.loads(setting.get(DATA))["end_token_id"],
         )
-        for path in run.list("tokenizer"):
-            out.put(path.removeprefix("tokenizer/"), run.get(path))
+        for path in setting.names():
+            if path.startswith("tokenizer/"):
+                out.put(path.removeprefix("tokenizer/"), setting.get(path))
         local = Storage(folder)
         for path in sorted(local.list(), key=lambda path: path == "config.json"):  # last: it says that all is there
             out.put(path, local.get(path))

@@ -5,67 +5,81 @@ python -m relora_ray.status RUN
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
-from relora_ray import metrics
-from relora_ray.checkpoint import list_manifests, read_manifest
-from relora_ray.errors import ReloraError
+from relora_ray.checkpoint import Manifest, read_history
+from relora_ray.checkpoint.ownership import PATIENCE_S, sign_of_life
+from relora_ray.metrics import attempt_order
 from relora_ray.rollback import read_rollbacks
-from relora_ray.runs import print_about, read_config
-from relora_ray.runtime.lease import PATH
+from relora_ray.runs import find_setting, print_about
 from relora_ray.storage import Storage
+from relora_ray.tally import Tally, read_tally
 
 
 def status(storage: Storage, now: float) -> Iterator[str]:
-    """Lines of text. `now`: seconds since 1970."""
-    cfg = read_config(storage)
-    records = metrics.read_kinds(storage)
-    attempts, trained = records["attempt"], metrics.latest(records["train"])
-    restarts = metrics.read_pages(storage, "restarts")
-    times = [page["unix_time"] for page in restarts]
-    steps = list_manifests(storage)
-    reached = trained[-1]["step"] if trained else 0
-    yield f"run {cfg.name}: {_state(storage, reached >= cfg.steps, now)}"
+    """Lines of text. `now`: seconds since 1970. Reads a handful of objects, however long the run's history is."""
+    history = read_history(storage)
+    cfg, newest = find_setting(storage, history).config(), history.head
+    tally, life = read_tally(storage, newest), sign_of_life(storage)
+    finished = newest is not None and newest.step >= cfg.steps
+    alive = life is not None and now - life.get("unix_time", 0.0) <= PATIENCE_S
+    yield f"run {cfg.name}: {_state(life, alive, finished, now)}"
+    reached = _reached(tally, newest)
     yield f"  step      {reached:,} of {cfg.steps:,}"
-    if attempts:
-        last = attempts[-1]
-        yield f"  attempt   {last['attempt']}: {last['world_size']} worker(s), since {_age(now - last['unix_time'])}"
-    if steps:
-        newest = read_manifest(storage, steps[-1])
-        times.append(newest.unix_time)
+    if tally.attempts:
+        since = "" if tally.attempt_time is None else f", since {_age(now - tally.attempt_time)}"
+        yield f"  attempt   {tally.attempt}: {tally.world_size} worker(s){since}"
+    yield from _what_holds_it_up(tally, alive and not finished, now)
+    if tally.loss is not None and tally.tokens_per_s is not None:
+        when = "" if tally.step_time is None else f", {_age(now - tally.step_time)} ago"
+        yield f"  trained   loss {tally.loss:.4f}, {tally.tokens_per_s:,.0f} tokens/s{when}"
+    if newest is not None:
         unsaved = max(0, reached - newest.step)
         yield f"  saved     step {newest.step:,}, {_age(now - newest.unix_time)} ago; {unsaved} steps after it are not"
-    for name, change in (("resizes", "resize"), ("failures", "failure")):
-        pages = [page for page in restarts if page["change"] == change]
-        down_s, lost = sum(page["down_s"] for page in pages), sum(page["steps_lost"] for page in pages)
-        yield f"  {name:9} {len(pages)}: {down_s:.1f} s without training, {lost} steps done again"
-    for rollback in read_rollbacks(storage):
+    for path, error in history.unreadable:
+        yield f"  damaged   {path}: {error}"
+    for name, changes in (("resizes", tally.resizes), ("failures", tally.failures)):
+        cost = f"{changes.down_s:.1f} s without training, {changes.steps_lost} steps done again"
+        yield f"  {name:9} {changes.count}: {cost}"
+    for rollback in read_rollbacks(storage, history):
         yield f"  diverged  {rollback}"
-    for page in [page for page in restarts if page["change"] != "start"][-5:]:
-        cause = page["cause"].splitlines()[0][:80]
-        yield f"    {page['attempt']}  {page['down_s']:6.1f} s, {page['steps_lost']} steps  {cause}"
-    if attempts and trained:
-        useful_s = _useful_s(records)
-        passed_s = max(useful_s, max(times, default=0.0) - attempts[0]["unix_time"])
-        yield f"  goodput   {useful_s / passed_s:.1%}: {_age(useful_s)} of {_age(passed_s)} went into steps that count"
+    for restart in [restart for restart in tally.restarts if restart.change != "start"][-5:]:
+        cause = restart.cause[:80]
+        yield f"    {restart.attempt}  {restart.down_s:6.1f} s, {restart.steps_lost} steps  {cause}"
+    if tally.began is not None and reached:
+        last = max(tally.unix_time, newest.unix_time if newest is not None else 0.0)
+        passed_s = max(tally.useful_s, last - tally.began)
+        share = tally.useful_s / passed_s if passed_s else 0.0
+        yield f"  goodput   {share:.1%}: {_age(tally.useful_s)} of {_age(passed_s)} went into steps that count"
 
 
-def _state(storage: Storage, finished: bool, now: float) -> str:
-    try:
-        lease = json.loads(storage.get(PATH))
-    except (ReloraError, ValueError):
+def _reached(tally: Tally, newest: Manifest | None) -> int:
+    """Finished updates. A checkpoint may be stored a moment before the page that says so, but what an attempt has gone
+    back from is of no account."""
+    if newest is None or attempt_order(tally.attempt) > attempt_order(newest.attempt):
+        return tally.step
+    return max(tally.step, newest.step)
+
+
+def _state(life: dict[str, Any] | None, alive: bool, finished: bool, now: float) -> str:
+    if life is None or (finished and not alive):
         return "finished" if finished else "no driver; the launch command continues it"
-    age_s = now - lease["unix_time"]
-    where = f"driver {lease['pid']} on {lease['host']}"
-    return f"{where}, seen {_age(age_s)} ago" + (" (it is gone, or the clocks differ)" if age_s > 60 else "")
+    if "unix_time" not in life:
+        return "its driver's sign of life cannot be read"
+    where = f"driver {life.get('pid')} on {life.get('host')}, seen {_age(now - life['unix_time'])} ago"
+    return where if alive else f"{where} (it is gone, or the clocks differ); the launch command continues it"
 
 
-def _useful_s(records: dict[str, list[metrics.Record]]) -> float:
-    """Steps that count, each once, with the boundaries, evaluations and waits for saves between them."""
-    seconds = {"train": "step_s", "boundary": "boundary_s", "eval": "eval_s", "checkpoint": "blocked_s"}
-    return sum(sum(r[key] for r in metrics.latest(records[kind])) for kind, key in seconds.items())
+def _what_holds_it_up(tally: Tally, alive: bool, now: float) -> Iterator[str]:
+    """`alive`: whether a driver is at work on it."""
+    if tally.without_step:
+        attempts = "1 attempt" if tally.without_step == 1 else f"{tally.without_step} attempts in a row"
+        yield f"  no step   {attempts} made no step; the last: {tally.last_cause or 'it did not say why'}"
+    if alive and not tally.running:
+        since = "" if tally.idle_since is None else f", since {_age(now - tally.idle_since)}"
+        yield f"  waiting   for machines{since}"
 
 
 def _age(seconds: float) -> str:

@@ -3,6 +3,9 @@
 A put is atomic: readers see the whole object or none. On the local disk that is a temporary file, fsync and
 rename; object stores do it by themselves. Every failure ends in one StorageError that names the object.
 
+Names are taken letter by letter: nothing is expanded, deleting is by exact key, and a path that would leave the folder
+is refused, as names may come from what somebody put there.
+
 Remote operations that fail in passing (time-outs, 500, 503, a connection or a body that breaks off) are tried
 again, each try logged, with a growing pause of random length, until `retry_s` seconds have passed.
 """
@@ -10,23 +13,27 @@ again, each try logged, with a growing pause of random length, until `retry_s` s
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import errno
 import logging
 import os
 import platform
 import random
-import shutil
-import time
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import fsspec
 import yaml
 
+from relora_ray import clock
 from relora_ray.errors import ConfigError, StorageError
-from relora_ray.masking import REFERENCE, SECRET_NAME, masked, remember
+from relora_ray.location import secret_in_url, shown
+from relora_ray.masking import REFERENCE, masked, must_be_reference, remember
 
 T = TypeVar("T")
 Options = Mapping[str, Any]
@@ -46,6 +53,12 @@ _S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_
 _CALL_S = 90.0
 _SLOWEST_BYTES_PER_S = 500_000
 """What one remote call may take at most; reading is bounded by the client's read time-out besides."""
+_NUM_AT_ONCE = 16
+"""Small requests under way at once."""
+_UNSAFE = re.compile(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f\x7f\\]")
+"""Paths that are no plain name below a folder: empty parts, . and .., control characters, backslashes."""
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+"""How file systems without hard links answer, such as gcsfuse and other buckets that are mounted."""
 _file_systems: dict[tuple[int, str, str], Any] = {}
 """By process, kind and options: a client for every Storage would cost a tenth of a second and a connection each."""
 
@@ -61,7 +74,7 @@ class Storage:
         the environment of the process that uses it. ConfigError if the URL or an option cannot be used."""
         self.is_local = "://" not in url or url.startswith("file://")
         self.url = os.path.abspath(url.removeprefix("file://")) if self.is_local else url.rstrip("/")
-        self._options, self._retry_s = dict(options or {}), retry_s
+        self._options, self.retry_s, self._call_s = dict(options or {}), retry_s, _CALL_S
         if not self.is_local:
             self._fs, self._root = _open(self.url, self._options)
 
@@ -69,7 +82,7 @@ class Storage:
         return f"Storage({self.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, (self.url, self._options, self._retry_s))  # options as given: no secret is pickled
+        return (_restore, (self.url, self._options, self.retry_s))  # options as given: no secret is pickled
 
     def child(self, path: str) -> Storage:
         """The same storage below `path`, on the same connections."""
@@ -78,6 +91,13 @@ class Storage:
     def sibling(self, name: str) -> Storage:
         """The folder `name` beside this one, on the same connections."""
         return self._moved(lambda here: f"{here.rpartition('/')[0]}/{name}")
+
+    def patient(self, call_s: float) -> Storage:
+        """The same, on the same connections, for small objects whose time passes: a call is given up after `call_s`
+        seconds, and not tried again."""
+        other = self._moved(lambda here: here)
+        other.retry_s, other._call_s = 0.0, call_s
+        return other
 
     def _moved(self, place: Callable[[str], str]) -> Storage:
         other = Storage.__new__(Storage)
@@ -97,14 +117,10 @@ class Storage:
     def put_new(self, path: str, data: bytes) -> None:
         """Write a whole object that must not exist yet; FileExistsError if it does.
 
-        On object stores this is a conditional put. Where the server ignores the condition (`honours_put_new`) only
-        an object that is there already is seen, and of two writers at the same moment both believe that they won.
+        On object stores this is a conditional put, and on a disk a hard link, or where there are none an exclusive
+        open. Where the server ignores the condition (`honours_put_new`) the object is replaced.
         """
-        if not self.is_local and self.exists(path):
-            raise FileExistsError(f"{self.url}/{path} exists already")
-        self._create(path, data)
 
-    def _create(self, path: str, data: bytes) -> None:
         def create() -> None:
             if self.is_local:
                 self._put_local(path, data, _link_new)
@@ -125,27 +141,60 @@ class Storage:
             raise
 
     def honours_put_new(self) -> bool:
-        """Write, read and delete a probe; whether the server refuses to create an object that exists.
+        """Write, read and delete a probe; whether creating an object that exists is refused here.
 
         StorageError if one of the three is not allowed.
         """
         path = f"probe-{uuid.uuid4().hex}"
         try:
             with contextlib.suppress(FileExistsError):  # of a try whose answer was lost
-                self._create(path, b"1")
+                self.put_new(path, b"1")
             try:
-                self._create(path, b"2")
+                self.put_new(path, b"2")
             except FileExistsError:
                 return self.get(path) == b"1"
             return False
         finally:
             self.delete(path)
 
-    def get(self, path: str) -> bytes:
-        """The whole object. StorageError (`missing`) if there is none."""
-        if self.is_local:
-            return self._guard("read", path, lambda: _read(self._at(path)))
-        return bytes(self._guard("read", path, lambda: self._call("cat_file", self._at(path))))
+    def get(self, path: str, *, at_most: int | None = None) -> bytes:
+        """The whole object. StorageError (`missing`) if there is none, or if it has more than `at_most` bytes: what
+        others may have put there must not fill this process's memory."""
+        return self._get(path, at_most, lambda: False)
+
+    def get_expected(self, path: str, *, at_most: int | None = None) -> bytes:
+        """The whole object, which is known to have been there.
+
+        A gateway in failover, a replica that lags or a cached look-up may deny it for a while. So it is asked for again
+        for `retry_s` seconds; on a disk, as long as its folder lists it.
+        """
+        return self._get(
+            path, at_most, (lambda: os.path.basename(path) in self._names(path)) if self.is_local else None
+        )
+
+    def _get(self, path: str, at_most: int | None, may_come: Callable[[], bool] | None) -> bytes:
+        """`may_come`: whether it pays to ask for a missing one again."""
+
+        def read() -> bytes:
+            if self.is_local:
+                with open(self._at(path), "rb") as file:
+                    return file.read(-1 if at_most is None else at_most + 1)
+            if at_most is None:
+                return bytes(self._call("cat_file", self._at(path)))
+            return bytes(self._call("cat_file", self._at(path), start=0, end=at_most + 1))
+
+        data = self._guard("read", path, read, missing_may_come=may_come)
+        if at_most is not None and len(data) > at_most:
+            raise StorageError(
+                f"{self.url}/{path} has more than {at_most:,} bytes, the most that a record of its kind may have. "
+                f"Nothing of ours wrote it: see who else can write there."
+            )
+        return data
+
+    def _names(self, path: str) -> builtins.list[str]:
+        with contextlib.suppress(OSError):
+            return os.listdir(os.path.dirname(self._at(path)))
+        return []
 
     def size(self, path: str) -> int | None:
         """Bytes of an object, or None if there is none."""
@@ -159,51 +208,110 @@ class Storage:
             raise
 
     def exists(self, path: str) -> bool:
-        return self.size(path) is not None
+        """A storage that denies an object is asked once more: it may be wrong in passing."""
+        return self.size(path) is not None or (not self.is_local and self.size(path) is not None)
 
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
-        """Paths of all objects below `prefix`, sorted; local writes that were broken off only if `unfinished`."""
+        """Paths of all objects below `prefix`, sorted; local writes that were broken off only if `unfinished`.
+
+        A server that says there is no such place is asked again: there it means the bucket, or a gateway that fails
+        over, and taken for an empty folder it would begin a run anew.
+        """
         root = self._at(prefix)
         if self.is_local:
             found = self._guard("list", prefix, lambda: _walk(root))
             base = self.url
         else:
-            try:
-                found = self._guard("list", prefix, lambda: self._call("find", root))
-            except StorageError as error:
-                if error.missing:
-                    return []
-                raise
+            found = self._guard("list", prefix, lambda: self._call("find", root), missing_may_come=None)
             base = self._root
         paths = [path[len(base) :].lstrip("/").replace(os.sep, "/") for path in found]
         return sorted(path for path in paths if unfinished or _TEMPORARY not in path)
 
-    def delete(self, prefix: str) -> None:
-        """Remove an object or everything below a prefix. Nothing there is no error."""
+    def folders(self, prefix: str) -> builtins.list[str]:
+        """Names directly below `prefix`, sorted; nothing below them is listed."""
+        root = self._at(prefix)
+
+        def look() -> list[str]:
+            if self.is_local:
+                return os.listdir(root)
+            return [str(path).rstrip("/") for path in self._call("ls", root, detail=False)]
+
+        try:
+            found = self._guard("list", prefix, look)
+        except StorageError as error:
+            if error.missing:
+                return []
+            raise
+        names = {path.rpartition("/")[2] for path in found if path != root}
+        return sorted(name for name in names if not name.startswith(_TEMPORARY))
+
+    def list_surely(self, prefix: str) -> builtins.list[str]:
+        """As `list`, until two answers in a row are the same: one may be old, and something is decided by this."""
+        found = self.list(prefix)
+        until = clock.monotonic() + self.retry_s
+        while not self.is_local and found != (again := self.list(prefix)) and clock.monotonic() < until:
+            found = again
+        return found
+
+    def get_listed(self, path: str, *, at_most: int | None = None) -> bytes | None:
+        """An object that a listing showed, or None if it has been removed since."""
+        try:
+            return self.get(path, at_most=at_most)
+        except StorageError as error:
+            if not error.missing:
+                raise
+        if path not in self.list_surely(path.rpartition("/")[0]):
+            return None
+        return self.get_expected(path, at_most=at_most)
+
+    def delete(self, path: str) -> None:
+        """Remove one object, by its exact name. None there is no error."""
 
         def delete() -> None:
-            target = self._at(prefix)
-            if not self.is_local:
-                if self._call("exists", target):
-                    self._call("rm", target, recursive=True)
-                    if self._call("exists", target):  # s3fs does not look at what a bulk delete answers
-                        raise PermissionError("it is still there: deleting is not allowed")
-            elif os.path.isdir(target):
-                shutil.rmtree(target)
-            elif os.path.exists(target):
-                os.remove(target)
+            with contextlib.suppress(FileNotFoundError):
+                if self.is_local:
+                    os.remove(self._at(path))
+                else:
+                    self._call("rm_file", self._at(path))
 
-        self._guard("delete", prefix, delete)
+        self._guard("delete", path, delete)
+
+    def delete_below(self, prefix: str) -> None:
+        """Remove all objects below a folder, each by its exact name. Nothing there is no error."""
+        assert prefix, "a whole storage is never removed at once"
+        paths = self.list(prefix, unfinished=True)
+        in_parallel(self.delete, paths)
+        if not self.is_local:
+            if paths and (left := self.list_surely(prefix)):  # a server may say yes and do nothing
+                raise StorageError(f"{self.url}/{left[0]} is still there after it was deleted: is that allowed?")
+            return
+        for folder, _, _ in os.walk(self._at(prefix), topdown=False):
+            with contextlib.suppress(OSError):  # somebody else's files came meanwhile
+                os.rmdir(folder)
+
+    def copy(self, path: str, to: Storage, to_path: str) -> None:
+        """Copy an object within one file system, by the server where it can do so."""
+        if not self.is_local and not to.is_local:
+            with contextlib.suppress(StorageError, NotImplementedError):
+                self._guard("copy", path, lambda: self._call("cp_file", self._at(path), to._at(to_path)))
+                if to.size(to_path) == self.size(path):
+                    return
+        to.put(to_path, self.get(path))
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the file system, within a time in which it can be done: aiohttp may wait for ever to be allowed
         to send a body. (Read time-outs begin when it is sent.)"""
         if getattr(self._fs, "async_impl", False):
             num_bytes = sum(len(arg) for arg in args if isinstance(arg, bytes))
-            kwargs["timeout"] = _CALL_S + num_bytes / _SLOWEST_BYTES_PER_S
+            kwargs["timeout"] = self._call_s + num_bytes / _SLOWEST_BYTES_PER_S
         return getattr(self._fs, name)(*args, **kwargs)
 
     def _at(self, path: str) -> str:
+        if path and _UNSAFE.search(path):
+            raise StorageError(
+                f"{path!r} is no name of an object below {self.url}: names have no empty parts, '.', '..', backslashes "
+                f"or control characters. If it came from storage, somebody has changed what is there."
+            )
         root = self.url if self.is_local else self._root
         return f"{root}/{path}" if path else root
 
@@ -222,11 +330,19 @@ class Storage:
             if os.path.exists(temporary):
                 os.remove(temporary)
 
-    def _guard(self, action: str, path: str, operation: Callable[[], T], size_bytes: int | None = None) -> T:
-        """The result of `operation`. Remote ones that fail in passing are tried again; StorageError in the end."""
+    def _guard(
+        self,
+        action: str,
+        path: str,
+        operation: Callable[[], T],
+        size_bytes: int | None = None,
+        missing_may_come: Callable[[], bool] | None = lambda: False,
+    ) -> T:
+        """The result of `operation`. Remote ones that fail in passing are tried again; StorageError in the end.
+        `missing_may_come`: whether one that is not there is tried again too (None: yes)."""
         size = "" if size_bytes is None else f" ({size_bytes:,} bytes)"
         what = f"cannot {action} {self.url}/{path}{size}"
-        began, attempt = time.monotonic(), 1
+        began, attempt = clock.monotonic(), 1
         while True:
             try:
                 return operation()
@@ -237,9 +353,11 @@ class Storage:
                 lasting = (
                     self.is_local or isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_CODES
                 )
-                passed_s = time.monotonic() - began
+                if isinstance(error, FileNotFoundError):
+                    lasting = missing_may_come is not None and not missing_may_come()
+                passed_s = clock.monotonic() - began
                 pause_s = min(_PAUSE_S[0] * 2 ** (attempt - 1), _PAUSE_S[1]) * random.uniform(0.5, 1.0)
-                if lasting or passed_s + pause_s > self._retry_s:
+                if lasting or passed_s + pause_s > self.retry_s:
                     tried = "" if lasting else f" ({attempt} tries in {passed_s:.0f} s)"
                     failure = StorageError(f"{what}: {reason}{tried}.{_advice(error)}")
                     failure.restart_helps = getattr(error, "errno", None) not in _LASTING_CODES
@@ -248,7 +366,14 @@ class Storage:
                     raise failure from None  # the cause may show a secret in a traceback
                 attempt += 1
                 logger.warning("%s: %s; try %d in %.1f s", what, reason, attempt, pause_s)
-                time.sleep(pause_s)
+                clock.sleep(pause_s)
+
+
+def in_parallel(action: Callable[[str], object], paths: Iterable[str]) -> None:
+    """Do it to all, some at a time; raises the first error."""
+    with ThreadPoolExecutor(_NUM_AT_ONCE, thread_name_prefix="relora-ray-storage") as pool:
+        for future in [pool.submit(action, path) for path in paths]:
+            future.result()
 
 
 def add_options_argument(parser: argparse.ArgumentParser) -> None:
@@ -258,21 +383,39 @@ def add_options_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="for the file system of s3:// and other URLs, such as endpoint_url=http://HOST:9000; may be repeated",
+        help="for the file system of s3:// and other URLs, such as endpoint_url=http://HOST:9000 or 'secret=$NAME', "
+        "which is read from the environment; may be repeated",
     )
 
 
 def parse_options(items: Iterable[str]) -> dict[str, Any]:
-    """`["endpoint_url=http://127.0.0.1:9000"]` -> options; values are YAML. ConfigError if one is not key=value."""
+    """`["endpoint_url=http://127.0.0.1:9000"]` -> options; values are YAML. ConfigError, which shows none of them, if
+    one is not key=value or is a URL with a secret. Other secrets may be written out: these options are not stored."""
     options = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise ConfigError(
-                f"storage option {item!r} is not of the form key=value, such as endpoint_url=http://HOST:9000."
+                f"storage option {re.split(r'[^A-Za-z0-9_.]', item)[0]!r} is not of the form key=value, such as "
+                f"endpoint_url=http://HOST:9000."
             )
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"storage option {name}=... is not valid YAML. Put the value in quotes, or in a variable: "
+                f"'{name}=$NAME'."
+            ) from None
+        _refuse_secret_urls(options[name], name)
     return options
+
+
+def _refuse_secret_urls(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_secret_urls(inner, f"{name}.{key}")
+    elif isinstance(value, str) and (problem := secret_in_url(value)):
+        raise ConfigError(f"storage option {name}={shown(value)} {problem}")
 
 
 def _open(url: str, options: Options) -> tuple[Any, str]:
@@ -296,9 +439,12 @@ def _open(url: str, options: Options) -> tuple[Any, str]:
 
 
 def _resolved(value: Any, name: str = "") -> Any:
-    """`value` with every `$NAME` in it replaced from the environment; secrets are remembered, to be masked."""
+    """`value` with every `$NAME` in it replaced from the environment. What may be secret is remembered, to be masked;
+    `name` is the option's, dotted."""
     if isinstance(value, Mapping):
-        return {key: _resolved(inner, str(key)) for key, inner in value.items()}
+        return {key: _resolved(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolved(inner, f"{name}.{i}") for i, inner in enumerate(value)]
     if isinstance(value, str) and REFERENCE.fullmatch(value):
         variable = value.strip("${}")
         if not os.environ.get(variable):
@@ -308,8 +454,8 @@ def _resolved(value: Any, name: str = "") -> Any:
             )
         value = os.environ[variable]
         remember(value)
-    elif isinstance(value, str) and SECRET_NAME.search(name):  # of the command line: a config may not have it
-        remember(value)
+    elif must_be_reference(name, value):  # of the command line: a config may not have it
+        remember(str(value))
     return value
 
 
@@ -317,14 +463,27 @@ def _restore(url: str, options: Options, retry_s: float) -> Storage:
     return Storage(url, options, retry_s=retry_s)
 
 
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def _link_new(temporary: str, target: str) -> None:
-    os.link(temporary, target)  # fails if the target exists, unlike a rename
+    try:
+        os.link(temporary, target)  # fails if the target exists, unlike a rename
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _say_once_that_there_are_no_links(os.path.dirname(target))
+        with open(temporary, "rb") as file, open(target, "xb") as new:
+            new.write(file.read())
+            new.flush()
+            os.fsync(new.fileno())
     os.remove(temporary)
+
+
+@lru_cache
+def _say_once_that_there_are_no_links(folder: str) -> None:
+    logger.warning(
+        "%s has no hard links: objects that must be new are opened exclusively instead. A reader may see a part of one "
+        "for a moment, and tries again.",
+        folder,
+    )
 
 
 def _sync_folder(folder: str) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import platform
 import time
-import uuid
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,17 +24,12 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from relora_ray import __version__
-from relora_ray.checkpoint.commit import (
-    ATTEMPTS,
-    Commits,
-    Committer,
-    GroupCommitter,
-    Outcome,
-    Share,
-    newest_attempt,
-)
-from relora_ray.checkpoint.manifest import Counters, Manifest, Part, list_manifests, manifest_path, read_manifest
-from relora_ray.checkpoint.parts import PartPlan, PartReader, plan_part, read_index, write_share
+from relora_ray.checkpoint.commit import Commits, Committer, GroupCommitter, Outcome, Share
+from relora_ray.checkpoint.layout import PartPlan, plan_part
+from relora_ray.checkpoint.lineage import Lineage
+from relora_ray.checkpoint.manifest import Counters, Manifest, Part, Rollback, Setup
+from relora_ray.checkpoint.ownership import refuse_if_superseded
+from relora_ray.checkpoint.parts import PartReader, read_index, write_share
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, ReloraError, StorageError
 from relora_ray.optim import MOMENTS, STATE_NAMES
@@ -59,6 +53,8 @@ class Position:
     boundary: int = 0
     """Finished updates at the last boundary."""
     counters: Counters = field(default_factory=Counters)
+    rollbacks: tuple[Rollback, ...] = ()
+    """On the way here."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +94,21 @@ class Checkpointer:
         cfg: CheckpointConfig,
         world: World,
         *,
+        attempt: str,
         identity: str,
         data_fingerprint: str,
         tokens_per_step: int,
+        setup: Setup | None = None,
         committer: Committer | None = None,
         timeout_s: float = 600,
     ) -> None:
+        """`attempt`: its name, the same on every rank, such as ownership.py gives. `setup`: what the run is."""
         self._storage, self._cfg, self._world = storage, cfg, world
+        self.attempt, self._setup = attempt, setup
         self._identity, self._data_fingerprint, self._tokens_per_step = identity, data_fingerprint, tokens_per_step
         commits = Commits(storage, cfg)
         self._committer = committer or GroupCommitter(world, commits, timeout_s=timeout_s)
-        self.attempt = world.on_first(lambda: _new_attempt(storage))
-        # Ranks hear of a commit at different steps, so these change only in `save` and `close`, where all have heard.
-        self._newest: Manifest | None = None
-        """The newest checkpoint that all ranks know to be stored."""
+        self._lineage = Lineage(attempt)
         self._under_way: _UnderWay | None = None
         self._failure = ""
         """Why the last save that ended was not stored."""
@@ -120,25 +117,17 @@ class Checkpointer:
             self._thread.submit(commits.remove_orphans, self.attempt)  # before the first save, while others go on
         self._host = HostCopies()
 
-    def newest(self) -> list[tuple[int, Manifest | DamagedError]]:
-        """Steps and manifests, newest first; in place of an unreadable one, why. The same list on every rank."""
-
-        def read_all() -> list[tuple[int, Manifest | DamagedError]]:
-            found: list[tuple[int, Manifest | DamagedError]] = []
-            for step in reversed(list_manifests(self._storage)):
-                try:
-                    found.append((step, read_manifest(self._storage, step)))
-                except DamagedError as error:
-                    found.append((step, error))
-            return found
-
-        return self._world.on_first(read_all)
-
     def restore(
-        self, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: set[str]
+        self,
+        manifest: Manifest,
+        line: tuple[str, ...],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        frozen: set[str],
     ) -> Position:
-        """Copy a checkpoint into `model` and `optimizer` in place (every rank). DamagedError if it is not whole,
-        CheckpointError if it does not fit; the tensors are then in an undefined state."""
+        """Copy a checkpoint into `model` and `optimizer` in place (every rank). `line`: paths of it and of those before
+        it, for those after it to name. DamagedError if it is not whole, CheckpointError if it does not fit; the tensors
+        are then in an undefined state."""
         if manifest.identity != self._identity:
             raise CheckpointError(
                 f"{self._storage.url}/{manifest.path} was made by a run of another config or other data (identity "
@@ -151,15 +140,17 @@ class Checkpointer:
             if part is None:
                 continue
             index = self._world.on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
-            _load_part(self._storage, part, index, tensors, no_dist=self._world.size == 1)
+            self._world.on_all(
+                lambda part=part, index=index, tensors=tensors: _load_part(self._storage, part, index, tensors)  # type: ignore[misc]
+            )
             part_digest = digest(list(tensors.values()))
             self._world.assert_same(part_digest, f"after loading {part.folder}")
             if part_digest != part.digest:
                 raise DamagedError(
                     f"{part.folder} of {manifest.path} restored to another digest than it was saved with."
                 )
-        self._newest = manifest
-        return Position(manifest.step, manifest.boundary, manifest.counters)
+        self._lineage.resume(manifest, line)
+        return Position(manifest.step, manifest.boundary, manifest.counters, manifest.rollbacks)
 
     def take_over(
         self,
@@ -182,12 +173,9 @@ class Checkpointer:
             if part is not None:
                 index = {name: entry for name, entry in read_index(source, part).items() if name not in left}
                 wanted = {name: tensor for name, tensor in tensors.items() if name not in left}
-                _load_part(source, part, index, wanted, no_dist=True)
-        if manifest.base is not None:
-            base = manifest.base.model_copy(update={"run": manifest.base.run or run})
-            manifest = manifest.model_copy(update={"base": base})
-        self._newest = manifest
-        return Position(manifest.step, manifest.boundary, manifest.counters)
+                _load_part(source, part, index, wanted)
+        self._lineage.fork(manifest, run)
+        return Position(manifest.step, manifest.boundary, manifest.counters, manifest.rollbacks)
 
     def save(
         self,
@@ -226,10 +214,7 @@ class Checkpointer:
         share = Share(rank=self._world.rank, manifest=manifest, writers=tuple(writers))
         number = writers.index(self._world.rank) if plans else -1
         tensors = base | delta
-        mine = {
-            kind: self._host.take(kind, {name: tensors[name] for name in plan.names(number)})
-            for kind, plan in plans.items()
-        }
+        mine = {kind: self._host.take(kind, plan.slices(number, tensors)) for kind, plan in plans.items()}
         self._host.synchronize()
         future = self._thread.submit(self._store, share, plans, number, mine, commit_after)
         self._under_way = _UnderWay(future, position, base_is_new, began)
@@ -266,35 +251,38 @@ class Checkpointer:
         self._thread.shutdown(wait=False)
         return []
 
-    def set_aside(self, step: int, reason: str) -> None:
-        """Take a manifest out of the way of the one that will replace it (every rank)."""
+    def roll_back(self, rollback: Rollback) -> None:
+        """Store that the run goes back (one rank). CheckpointError if this attempt was given up, StorageError if it
+        cannot be stored."""
+        outcome = self._committer.roll_back(rollback)
+        if outcome.error:
+            raise (CheckpointError if outcome.fatal else StorageError)(outcome.error)
 
-        def move() -> None:
-            path = manifest_path(step)
-            logger.warning("the checkpoint at step %d is set aside: %s", step, reason)
-            self._storage.put(f"set-aside/{self.attempt}/{path}", self._storage.get(path))
-            self._storage.delete(path)
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on this attempt's way that are there, ascending (one rank)."""
+        return self._lineage.steps(self._storage)
 
-        self._world.on_first(move)
+    def fence(self) -> None:
+        """SupersededError if another driver owns the run by now (one rank)."""
+        refuse_if_superseded(self._storage, self.attempt)
 
     def _draft(
         self, position: Position, base: Tensors, delta: Tensors, num_writers: int
     ) -> tuple[Manifest, dict[str, PartPlan]]:
         """The manifest less the objects to be stored, and the plans of the delta and, if it is new, of the base."""
-        newest = self._newest
-        base_part = newest.base if newest is not None and newest.boundary == position.boundary and base else None
+        base_part = self._lineage.base_at(position.boundary) if base else None
         base_is_new = bool(base) and base_part is None
 
-        def part(kind: str, step: int, sums: list[int]) -> Part:
+        def part(kind: str, sums: list[int]) -> Part:
             value = digest_of_sums(sums)
             self._world.assert_same(value, f"before the checkpoint at step {position.step}")
-            return Part(folder=f"{kind}/step-{step:08d}-{self.attempt}", objects=(), digest=value)
+            return Part(folder=self._lineage.folder(kind, position.step), objects=(), digest=value)
 
         delta_sums = bit_sums(list(delta.values()))
-        delta_part = part("delta", position.step, delta_sums)
+        delta_part = part("delta", delta_sums)
         plans = {"delta": plan_part(_without_zeros(delta, delta_sums), num_writers)}
         if base_is_new:
-            base_part = part("base", position.boundary, bit_sums(list(base.values())))
+            base_part = part("base", bit_sums(list(base.values())))
             plans["base"] = plan_part(base, num_writers)
         manifest = Manifest(
             step=position.step,
@@ -309,6 +297,9 @@ class Checkpointer:
             world_size=self._world.size,
             versions=_versions(),
             unix_time=time.time(),
+            line=self._lineage.line,
+            rollbacks=position.rollbacks,
+            setup=self._setup,
         )
         return manifest, plans
 
@@ -335,7 +326,7 @@ class Checkpointer:
             error = f"{type(caught).__name__}: {caught}"
         if commit_after is not None:
             wait([commit_after])
-        outcome = self._committer(share.model_copy(update={"manifest": manifest, "error": error}))
+        outcome = self._committer.commit(share.model_copy(update={"manifest": manifest, "error": error}))
         return outcome, time.perf_counter()
 
     def settle(self) -> list[Saved]:
@@ -347,7 +338,7 @@ class Checkpointer:
         results = self._report(ended)
         self._failure = outcome.error
         if outcome.manifest is not None:
-            self._newest = outcome.manifest
+            self._lineage.committed(outcome.manifest)
         return results
 
     def _end_if_unsaved(self, step: int) -> None:
@@ -377,10 +368,12 @@ class Checkpointer:
         return self._cfg.max_unsaved_steps or 4 * self._cfg.save_every_steps
 
     def _unsaved(self, step: int) -> int:
-        return step - (self._newest.step if self._newest is not None else 0)
+        newest = self._lineage.newest
+        return step - (newest.step if newest is not None else 0)
 
     def _with_advice(self, error: str) -> str:
-        there = f"step {self._newest.step}" if self._newest is not None else "its start"
+        newest = self._lineage.newest
+        there = f"step {newest.step}" if newest is not None else "its start"
         return f"{error.rstrip('.')}. The run could resume from {there}."
 
 
@@ -418,7 +411,7 @@ def restore_model(storage: Storage, manifest: Manifest, model: nn.Module, frozen
     for part, tensors in zip((manifest.base, manifest.delta), split_state(model, None, frozen), strict=True):
         if part is not None:
             index = {n: e for n, e in read_index(storage, part).items() if not n.startswith("optimizer.")}
-            _load_part(storage, part, index, tensors, no_dist=True)
+            _load_part(storage, part, index, tensors)
 
 
 def split_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, frozen: set[str]) -> tuple[Tensors, Tensors]:
@@ -436,7 +429,8 @@ def split_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, froze
     return base, delta
 
 
-def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Tensors, *, no_dist: bool) -> None:
+def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Tensors) -> None:
+    """In this process alone: torch would have ranks exchange pickled plans, and all of them read the same."""
     absent = tensors.keys() - index.keys()
     if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not _is_moment(n)}):
         raise CheckpointError(
@@ -451,7 +445,7 @@ def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Ten
             dcp.load(
                 {name: tensors[name] for name in sorted(index)},
                 storage_reader=PartReader(storage, part, index),
-                no_dist=no_dist,
+                no_dist=True,
             )
     except CheckpointException as error:
         raise _first_cause(error, f"cannot load {part.folder}") from error
@@ -472,24 +466,12 @@ def _is_moment(name: str) -> bool:
     return name.startswith("optimizer.") and name.rpartition(".")[2] in MOMENTS
 
 
-def _new_attempt(storage: Storage) -> str:
-    """A name never used before on this run: a number that grows, claimed in `attempts/`, and random digits."""
-    number = newest_attempt(storage)
-    digits = uuid.uuid4().hex[:8]
-    for _ in range(1000):
-        number += 1
-        with contextlib.suppress(FileExistsError):
-            storage.put_new(f"{ATTEMPTS}/{number:04d}", digits.encode())
-            return f"{number:04d}-{digits}"
-    raise StorageError(f"{storage.url}/{ATTEMPTS}: no number up to {number} can be claimed.")
-
-
 def _first_cause(error: CheckpointException, what: str) -> Exception:
-    """torch gathers every rank's failure; the first by rank says enough, and keeps its class if it is ours."""
-    rank, (cause, _) = min(error.failures.items())
-    message = f"{what}: rank {rank}: {cause}"
+    """What torch wraps keeps its class if it is ours."""
+    _, (cause, _) = min(error.failures.items())
+    message = f"{what}: {cause}"
     if not isinstance(cause, ReloraError):  # out of memory, say: no reason to call the checkpoint damaged
-        return RuntimeError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}")
+        return RuntimeError(f"{what}: {type(cause).__name__}: {cause}")
     ours = type(cause)(message)
     ours.restart_helps = cause.restart_helps
     return ours

@@ -7,34 +7,41 @@ Either way `Commits` decides: nothing is committed unless all shares are there a
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
-from relora_ray.checkpoint.manifest import (
-    Manifest,
-    Part,
-    attempt_number,
-    list_manifests,
+from relora_ray.checkpoint.history import (
+    History,
+    Removal,
+    needed_folders,
+    old_pins,
     part_folders,
-    pinned_steps,
     plan_prune,
-    read_manifest,
+    plan_removal,
+    read_history,
+    read_pins,
+    release,
+    removal_path,
+    removals_text,
 )
+from relora_ray.checkpoint.manifest import Manifest, Part, Rollback, read_record
+from relora_ray.checkpoint.ownership import refuse_if_superseded
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, DamagedError, ReloraError
-from relora_ray.parallel import World
+from relora_ray.errors import CheckpointError, ReloraError, SupersededError
+from relora_ray.parallel import World, broadcast_bytes, gather_bytes
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = "attempts"
+ROLLBACKS = "rollbacks"
 
 
 class _Message(BaseModel):
@@ -63,17 +70,40 @@ class Outcome(_Message):
 
 
 class Committer(Protocol):
-    def __call__(self, share: Share) -> Outcome:
+    """Who decides what a run's attempts have done."""
+
+    def commit(self, share: Share) -> Outcome:
         """Hand in one rank's share and wait until all are in and the manifest is stored (every rank, any thread)."""
+
+    def roll_back(self, rollback: Rollback) -> Outcome:
+        """Store that the run goes back (one rank)."""
 
 
 class Commits:
     """Commits and prunes one run's checkpoints. One at a time, wherever commits are made."""
 
-    def __init__(self, storage: Storage, cfg: CheckpointConfig) -> None:
-        self._storage, self._cfg = storage, cfg
-        self._known: dict[int, Manifest] = {}
-        """Manifests by step: they never change, so each is read once."""
+    def __init__(
+        self, storage: Storage, cfg: CheckpointConfig, is_current: Callable[[str], bool] = lambda attempt: True
+    ) -> None:
+        """`is_current`: whether whoever counts attempts has not begun a later one."""
+        self._storage, self._cfg, self._is_current = storage, cfg, is_current
+        self._known: dict[str, Manifest] = {}
+        """Manifests by path: they never change, so each is read once."""
+        self._removed: set[str] = set()
+        """Manifests that are gone: lines need not name them any more."""
+        self._num_removals = 0
+        self._lock = threading.Lock()
+        """Held while something is removed."""
+
+    def fence(self, attempt: str) -> None:
+        """SupersededError unless `attempt` is the run's latest. Asked before and after every write that decides
+        something: see ownership.py."""
+        if not self._is_current(attempt):
+            raise SupersededError(
+                f"attempt {attempt} of {self._storage.url} was given up, and another one has begun. It stops now, and "
+                f"stores nothing more."
+            )
+        refuse_if_superseded(self._storage, attempt)
 
     def commit(self, shares: Sequence[Share]) -> Outcome:
         """Never raises: a failure of any kind is an outcome that every rank hears of."""
@@ -82,8 +112,11 @@ class Commits:
             return Outcome(manifest=None, error="; ".join(failures))
         try:
             manifest = merge_shares(shares)
-            self._refuse_if_superseded(manifest.attempt)
-            self._put(manifest)
+            manifest = manifest.model_copy(
+                update={"line": tuple(path for path in manifest.line if path not in self._removed)}
+            )
+            self.decide(manifest.attempt, manifest.path, manifest.model_dump_json(indent=1).encode())
+            self._known[manifest.path] = manifest
         except ReloraError as error:
             return Outcome(manifest=None, error=str(error), fatal=isinstance(error, CheckpointError))
         except Exception as error:
@@ -91,95 +124,133 @@ class Commits:
             return Outcome(manifest=None, error=f"{type(error).__name__}: {error}", fatal=True)
         return Outcome(manifest=manifest)
 
-    def committed(self, draft: Manifest) -> Manifest | None:
-        """What this attempt has committed at the step of `draft`, if it has."""
+    def roll_back(self, rollback: Rollback) -> Outcome:
+        """Store that a run goes back. Never raises."""
         try:
-            found = read_manifest(self._storage, draft.step)
+            self.decide(rollback.attempt, rollback_path(rollback), rollback.model_dump_json(indent=1).encode())
+        except ReloraError as error:
+            return Outcome(manifest=None, error=str(error), fatal=isinstance(error, CheckpointError))
+        return Outcome(manifest=None)
+
+    def decide(self, attempt: str, path: str, record: bytes) -> None:
+        """Create a record that decides something; it is acknowledged when this returns. `path` names the attempt.
+
+        SupersededError if a later attempt has begun. What was stored all the same is inert by its name.
+        """
+        self.fence(attempt)
+        try:
+            self._storage.put_new(path, record)
+        except FileExistsError as error:
+            # A client that repeats a put whose answer was lost is refused by its own object.
+            if self._storage.get_expected(path) != record:
+                raise SupersededError(
+                    f"{self._storage.url}/{path} exists, with other content: two processes take themselves for attempt "
+                    f"{attempt}. This one stops now."
+                ) from error
+        self.fence(attempt)
+
+    def committed(self, draft: Manifest) -> Manifest | None:
+        """What was committed under the name of `draft`, if anything was."""
+        try:
+            return read_record(self._storage, draft.path) if self._storage.exists(draft.path) else None
         except ReloraError:
             return None
-        return found if found.attempt == draft.attempt else None
 
     def prune(self, committed: Manifest) -> None:
-        """Remove what is no longer needed, after a commit. Never raises: the next one tries again."""
-        self._prune(committed.attempt, keep_last=self._cfg.keep_last)
+        """Remove what was written down at the last commit, and write down what this one leaves behind. Never raises:
+        the next one tries again. May run beside commits."""
+        with self._removing(committed.attempt):
+            history = read_history(self._storage, at_least=[committed.path], known=self._known)
+            if history.head is None or history.head.attempt != committed.attempt:
+                return
+            line, _ = history.read_line()
+            self._known = {m.path: m for m in line}
+            self._carry_out(history, line, committed.attempt)
+            removal = self.plan(history, committed.attempt)
+            self._num_removals += 1
+            self._write_down(removal, committed.attempt, self._num_removals)
+            kept = [m for m in line if m.path not in removal.manifests]
+            for run in sorted(_foreign(line) - _foreign(kept)):
+                release(self._storage.sibling(run), self._storage.url.rpartition("/")[2])
+
+    def plan(self, history: History, attempt: str) -> Removal:
+        """What is no longer needed, and was not stored by `attempt` or a later one."""
+        line, whole = history.read_line()
+        pins = read_pins(self._storage).values()
+        pinned = {path for pin in pins for path in pin.manifests}
+        dropped = plan_prune(
+            line,
+            keep_last=self._cfg.keep_last,
+            keep_every_steps=self._cfg.keep_every_steps,
+            pinned_steps={*old_pins(self._storage).values(), *(m.step for m in line if m.path in pinned)},
+        )
+        folders = part_folders(self._storage)
+        unreadable = {path for path, _ in history.unreadable}
+        if not whole or unreadable:  # a manifest that cannot be read may name any of the others, and be restored
+            folders &= needed_folders(line)
+        paths = [path for path in history.paths if path not in unreadable]
+        return plan_removal(
+            line, dropped, paths, folders, pinned={f for pin in pins for f in pin.folders}, attempt=attempt
+        )
 
     def remove_orphans(self, attempt: str) -> None:
         """Remove what attempts before `attempt` stored and did not commit. Without this, attempts that end before
         their first commit, on a full disk say, would fill it further. Never raises."""
-        self._prune(attempt, keep_last=sys.maxsize)
+        with self._removing(attempt):
+            history = read_history(self._storage, known=self._known)
+            manifests = [history.read(path) for path in history.standing]  # what is off the line stays until a commit
+            self._carry_out(history, manifests, attempt)
+            parts = {folder for folder in part_folders(self._storage) if not folder.startswith("setup/")}
+            pinned = {f for pin in read_pins(self._storage).values() for f in pin.folders}
+            removal = plan_removal(manifests, [], [], parts, pinned=pinned, attempt=attempt)
+            self._write_down(removal, attempt, 0)  # by another process than whoever commits, which begins with 1
 
-    def _refuse_if_superseded(self, attempt: str) -> None:
-        """The newest attempt owns the run. This also tells two drivers apart where a server has no create-once put."""
-        number, _, digits = attempt.partition("-")
-        newest = newest_attempt(self._storage)
-        owner = self._storage.get(f"{ATTEMPTS}/{newest:04d}").decode() if newest == int(number) else ""
-        if newest > int(number) or (owner and owner != digits):
-            raise CheckpointError(
-                f"{self._storage.url} is being written by attempt {newest}, which began after this one ({attempt}): "
-                f"two drivers are on one run, or this is left over from an attempt that was given up. This one stops "
-                f"now."
-            )
+    def remove_now(self, removal: Removal, attempt: str) -> None:
+        """Without waiting for another commit: for a run that nobody trains. Raises ReloraError."""
+        self._write_down(removal, attempt, 1)
+        history = read_history(self._storage)
+        self._carry_out(history, history.read_line()[0], attempt)
 
-    def _put(self, manifest: Manifest) -> None:
-        record = manifest.model_dump_json(indent=1).encode()
-        try:
-            self._storage.put_new(manifest.path, record)
-        except FileExistsError as error:
-            # A client that repeats a put whose answer was lost is refused by its own object. What an earlier attempt
-            # committed while it was given up is replaced: nobody resumed from it.
-            found = self._storage.get(manifest.path)
-            if found != record and _attempt_of(found) < attempt_number(manifest.attempt):
-                self._storage.put(manifest.path, record)
-            elif found != record:
-                raise CheckpointError(
-                    f"{self._storage.url}/{manifest.path} was committed by somebody else: two drivers are on one run. "
-                    f"Stop one of them; this one stops now."
-                ) from error
-        self._known[manifest.step] = manifest
+    @contextlib.contextmanager
+    def _removing(self, attempt: str) -> Iterator[None]:
+        """One at a time; what goes wrong is a warning."""
+        with self._lock:
+            try:
+                yield
+            except Exception as error:
+                logger.warning("attempt %s could not remove what is no longer needed: %s", attempt, error)
 
-    def _prune(self, attempt: str, *, keep_last: int) -> None:
-        try:
-            self._refuse_if_superseded(attempt)
-            for path in self._not_needed(attempt, keep_last):
-                self._storage.delete(path)
-        except Exception as error:
-            logger.warning("old checkpoints could not be removed: %s", error)
+    def _write_down(self, removal: Removal, attempt: str, number: int) -> None:
+        if not removal:
+            return
+        self.decide(attempt, removal_path(attempt, number), removals_text(removal).encode())
+        for path in removal.manifests:
+            self._storage.delete(path)
+            self._removed.add(path)
 
-    def _not_needed(self, attempt: str, keep_last: int) -> list[str]:
-        steps, unreadable = list_manifests(self._storage), False
-        for step in steps:
-            if step not in self._known:
-                try:
-                    self._known[step] = read_manifest(self._storage, step)
-                except DamagedError as error:
-                    logger.warning("what no manifest names is kept, because one cannot be read: %s", error)
-                    unreadable = True
-        self._known = {step: manifest for step, manifest in self._known.items() if step in steps}
-        folders = part_folders(self._storage)
-        if unreadable:  # it may name any of them
-            folders &= {part.folder for manifest in self._known.values() for part in manifest.parts}
-        dropped, unneeded = plan_prune(
-            self._known.values(),
-            folders,
-            keep_last=keep_last,
-            keep_every_steps=self._cfg.keep_every_steps,
-            attempt=attempt,
-            pinned=pinned_steps(self._storage),
-        )
-        return [m.path for m in dropped] + unneeded  # manifests first: none ever names what is gone
+    def _carry_out(self, history: History, needing: Sequence[Manifest], attempt: str) -> None:
+        """Remove what was written down before, less what is needed all the same."""
+        if not history.removals:
+            return
+        self.fence(attempt)
+        needed = needed_folders(needing)
+        needed |= {folder for pin in read_pins(self._storage).values() for folder in pin.folders}
+        for path, (_, removal) in history.removals.items():
+            for manifest in sorted(set(removal.manifests) - {m.path for m in needing}):
+                self._storage.delete(manifest)
+                self._removed.add(manifest)
+            for folder in sorted(set(removal.folders) - needed):
+                self._storage.delete_below(folder)
+            self._storage.delete(path)
 
 
-def newest_attempt(storage: Storage) -> int:
-    """The number of the attempt that began last, 0 if there was none."""
-    names = [path.rpartition("/")[2] for path in storage.list(ATTEMPTS)]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+def _foreign(manifests: Iterable[Manifest]) -> set[str]:
+    """Runs whose folders these need."""
+    return {part.run for m in manifests for part in m.parts if part.run}
 
 
-def _attempt_of(record: bytes) -> int:
-    try:
-        return attempt_number(json.loads(record)["attempt"])
-    except (ValueError, KeyError, TypeError, IndexError):
-        return 0  # not a manifest: it may be replaced
+def rollback_path(rollback: Rollback) -> str:
+    return f"{ROLLBACKS}/{rollback.attempt}.json"
 
 
 def merge_shares(shares: Sequence[Share]) -> Manifest:
@@ -224,17 +295,20 @@ class GroupCommitter:
         # gloo on any device: NCCL would queue behind training's collectives.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world.size > 1 else None
 
-    def __call__(self, share: Share) -> Outcome:
+    def roll_back(self, rollback: Rollback) -> Outcome:
+        return self._commits.roll_back(rollback)
+
+    def commit(self, share: Share) -> Outcome:
         if self._group is None:
             outcome = self._commits.commit([share])
             if outcome.manifest is not None:
                 self._commits.prune(outcome.manifest)
             return outcome
-        shares: list[Share] | None = [share] * self._world.size if self._world.is_first else None
-        dist.gather_object(share, shares, dst=0, group=self._group)
-        box = [self._commits.commit(shares) if shares else None]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        assert box[0] is not None
-        if shares and box[0].manifest is not None:
-            self._commits.prune(box[0].manifest)
-        return box[0]
+        first, cpu = self._world.is_first, torch.device("cpu")
+        shares = gather_bytes(share.model_dump_json().encode(), self._world.size, cpu, self._group)
+        made = self._commits.commit([Share.model_validate_json(s) for s in shares]) if first else None
+        told = made.model_dump_json().encode() if made else b""
+        outcome = Outcome.model_validate_json(broadcast_bytes(told, first, cpu, self._group))
+        if first and outcome.manifest is not None:
+            self._commits.prune(outcome.manifest)
+        return outcome

@@ -3,9 +3,8 @@
     index.json                   {"tensors": {name: {dtype, shape, chunks: [{offsets, sizes, file, key}]}}}
     r00000-p000.safetensors      rank 0's first file, and so on
 
-torch.distributed.checkpoint's planner decides who writes what: a replicated tensor is written once, spread over the
-ranks by bytes, and any world size can read it back. All ranks of a data-parallel run hold the same tensors, so each
-makes the whole plan by itself: nothing is asked of the others, and only its own share is copied to host memory.
+layout.py decides who writes what: a tensor is stored once, in one or more chunks, spread over the ranks by bytes.
+torch.distributed.checkpoint's planner puts it together again at any world size.
 torch's own storage layer keeps a pickled `.metadata` and loses file-system settings on the way (`checkpoint_id`), so
 storage is ours. Size and SHA-256 of every object are recorded, and checked before a byte is used.
 """
@@ -16,14 +15,14 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, StorageReader
+from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,84 +30,31 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from relora_ray.checkpoint.layout import PartPlan, Tensors
 from relora_ray.checkpoint.manifest import Part, StoredObject
 from relora_ray.errors import DamagedError, StorageError
 from relora_ray.storage import Storage
 
-Tensors = Mapping[str, torch.Tensor]
 T = TypeVar("T")
 U = TypeVar("U")
 
 INDEX = "index.json"
-MAX_FILE_BYTES = 64 * 2**20
-"""Bound of one file; a larger tensor is a file of its own."""
 NUM_IN_FLIGHT = 2
 """Files that a rank writes or reads at a time: what it holds beside the state itself."""
 
 
-@dataclass(frozen=True)
-class PartPlan:
-    """Who writes what of one part. The same on every rank."""
-
-    files: tuple[dict[str, list[str]], ...]
-    """By rank: its files and the names of the tensors in them."""
-    index: bytes
-
-    def names(self, rank: int) -> list[str]:
-        """Tensors that this rank writes."""
-        return [name for names in self.files[rank].values() for name in names]
-
-
-def plan_part(tensors: Tensors, num_ranks: int) -> PartPlan:
-    """Spread tensors (on any device, meta too) over ranks and files."""
-    planner = DefaultSavePlanner()
-    # The planner gives each tensor to the rank with the least so far: largest first makes that even.
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))
-    planner.set_up_planner({name: tensors[name] for name in ordered}, is_coordinator=True)
-    plans, _ = planner.create_global_plan([planner.create_local_plan()] * num_ranks)
-    files = []
-    for rank, plan in enumerate(plans):
-        assert all(item.type == WriteItemType.TENSOR for item in plan.items), "only whole tensors are saved"
-        files.append(_fill_files(tensors, [item.index.fqn for item in plan.items], rank))
-    index = {
-        name: _index_entry(tensors[name], name, file)
-        for of_rank in files
-        for file, names in of_rank.items()
-        for name in names
-    }
-    return PartPlan(tuple(files), json.dumps({"tensors": dict(sorted(index.items()))}, indent=1).encode())
-
-
-def _index_entry(tensor: torch.Tensor, name: str, file: str) -> dict[str, Any]:
-    shape = list(tensor.shape)
-    chunk = {"offsets": [0] * len(shape), "sizes": shape, "file": file, "key": name}
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "chunks": [chunk]}
-
-
-def _fill_files(tensors: Tensors, names: list[str], rank: int) -> dict[str, list[str]]:
-    files: dict[str, list[str]] = {}
-    room = 0
-    for name in names:
-        size = tensors[name].nbytes
-        if not files or size > room:
-            files[f"r{rank:05d}-p{len(files):03d}.safetensors"] = []
-            room = MAX_FILE_BYTES
-        files[next(reversed(files))].append(name)
-        room -= size
-    return files
-
-
-def write_share(storage: Storage, folder: str, plan: PartPlan, rank: int, tensors: Tensors) -> list[StoredObject]:
-    """Store a rank's files of one part, rank 0 the index too. `tensors`: on the CPU, and not changed meanwhile."""
+def write_share(storage: Storage, folder: str, plan: PartPlan, rank: int, copies: Tensors) -> list[StoredObject]:
+    """Store a rank's files of one part, rank 0 the index too. `copies`: of the plan's slices, by key, on the CPU; each
+    with memory of its own, and not changed meanwhile."""
 
     def put(path: str) -> StoredObject:
         if path == INDEX:
             data = plan.index
         else:
-            data = safetensors.torch.save({name: tensors[name] for name in plan.files[rank][path]})
+            data = safetensors.torch.save({chunk.key: copies[chunk.key] for chunk in plan.files[rank][path]})
         storage.put(f"{folder}/{path}", data)
         stored = StoredObject(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         if (found := storage.size(f"{folder}/{path}")) != stored.size_bytes:
@@ -203,16 +149,17 @@ def read_index(storage: Storage, part: Part) -> dict[str, Any]:
 def read_checked(storage: Storage, part: Part, recorded: StoredObject) -> bytes:
     """The bytes of one object, if they are the ones that its manifest recorded; else DamagedError.
 
-    Bytes that are wrong are read once more: they may have been spoilt on the way.
+    Bytes that are wrong are read once more: they may have been spoilt on the way. One that is missing is asked for
+    again for some time: it was there when the manifest was committed.
     """
     storage = storage.sibling(part.run) if part.run else storage
     path = f"{part.folder}/{recorded.path}"
     for _ in range(2):
         try:
-            data = storage.get(path)
+            data = storage.get_expected(path)
         except StorageError as error:
             if error.missing:
-                raise DamagedError(f"{storage.url}/{path} is gone, though its manifest names it.") from error
+                raise DamagedError(f"{storage.url}/{path} is gone, though a manifest names it.") from error
             raise
         if len(data) == recorded.size_bytes and hashlib.sha256(data).hexdigest() == recorded.sha256:
             return data

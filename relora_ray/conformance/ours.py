@@ -38,7 +38,7 @@ from relora_ray.methods.lowrank import (
 from relora_ray.metrics import Record
 from relora_ray.optim import build_adamw, prune_state_
 from relora_ray.parallel import World, digest
-from relora_ray.runs import claim, run_storage
+from relora_ray.runs import check_run, run_storage
 from relora_ray.schedule import lr_multiplier
 
 PHASES = {"train": "update", "boundary": "boundary", "checkpoint": "checkpoint"}
@@ -84,7 +84,7 @@ class Ours(Implementation):
         return lr_multiplier(step, _schedule(steps, warmup, every, restart_warmup, floor))
 
     def prepare(self, spec: Spec) -> None:
-        claim(config(spec))
+        check_run(config(spec))
 
     def train(self, spec: Spec) -> Trace:
         trace, cfg = Trace(), config(spec)
@@ -128,7 +128,7 @@ class Ours(Implementation):
 
     def run_reduced(self, name: str, spec: Spec) -> int:
         cfg = load_config(self._configs / name, _reduced(load_config(self._configs / name), spec))
-        state = loop.run_attempt(claim(cfg), World())
+        state = loop.run_attempt(check_run(cfg), World())
         merges = state.position.counters.merges
         assert cfg.method.kind != "relora" or merges == 2, f"{merges} merges"
         return state.position.step

@@ -134,7 +134,7 @@ def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
     )
     _store_tokenizer(storage, tokenizer)
     write_index(storage, index)
-    storage.delete(WORK)
+    storage.delete_below(WORK)
     return index
 
 

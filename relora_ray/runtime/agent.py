@@ -7,17 +7,19 @@ begins a second later in new processes: Ray need not start anything. Torch is no
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import multiprocessing
 import os
 import queue
 import signal
 import socket
+import struct
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from multiprocessing import reduction
 from typing import Any
 
 import ray
@@ -28,7 +30,8 @@ from ray.train.backend import Backend, BackendConfig
 from relora_ray.config import ClusterConfig
 from relora_ray.config_file import parse_config
 from relora_ray.runtime import prefork
-from relora_ray.runtime.messages import Member, Orders, Start
+from relora_ray.runtime.messages import Member, Start
+from relora_ray.runtime.orders import Order
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ TRAIN = "relora_ray.runtime.trainer:train"
 PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
 CHECK_S = 0.5
 STACK_LINES = 30
+MAX_STACKS = 10_000_000
 WAITING = ("/torch/distributed/", "/torch/autograd/graph.py")
 """Innermost file of a process that stands still because another does: in a collective, or in a backward pass, where
 gradients are reduced."""
@@ -66,47 +70,59 @@ def run_agent(job: dict[str, Any]) -> None:
     train = ray.train.get_context()
     group = ray.util.get_current_placement_group()
     assert group is not None, "Ray Train starts its workers in a placement group"
-    host = ray.util.get_node_ip_address()
+    host, step = ray.util.get_node_ip_address(), 0
+    if interface := _interface(host):  # inherited by the process that trains
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     while True:
-        member = Member(
-            group=group.id.hex(),
-            rank=train.get_world_rank(),
-            size=train.get_world_size(),
-            node=ray.get_runtime_context().get_node_id(),
-            host=host,
-            port=_free_port(host),
-        )
-        start: Start | None = ray.get(coordinator.join.remote(member))
-        if start is None:
+        with _listen(host) as listener:
+            member = Member(
+                group=group.id.hex(),
+                rank=train.get_world_rank(),
+                size=train.get_world_size(),
+                node=ray.get_runtime_context().get_node_id(),
+                host=host,
+                port=listener.getsockname()[1],
+                step=step,
+            )
+            start: Start | None = ray.get(coordinator.join.remote(member))
+            if start is None:
+                return
+            watch = _Watch(coordinator, start, cfg.cluster, job["config"], listener)
+        if watch.run():
             return
-        if _Watch(coordinator, member, start, cfg.cluster, job["config"]).run():
-            return
+        step = watch.step
 
 
 class _Watch:
     """One attempt's process on this rank, from its start to its end."""
 
-    def __init__(self, coordinator: Any, member: Member, start: Start, cluster: ClusterConfig, config: str) -> None:
-        self._coordinator, self._member, self._start = coordinator, member, start
+    def __init__(
+        self, coordinator: Any, start: Start, cluster: ClusterConfig, config: str, listener: socket.socket
+    ) -> None:
+        """`listener`: where the ranks meet if this is rank 0. The process gets it and a file for its stacks, which has
+        no name, so that nothing stays behind."""
+        self._coordinator, self._start = coordinator, start
         self._silence_s, self._stall_s = cluster.silence_timeout_s, cluster.stall_timeout_s
-        descriptor, path = tempfile.mkstemp(prefix="relora-ray-stacks-")
-        os.close(descriptor)
-        self._stacks = Path(path)
+        self._stacks = tempfile.TemporaryFile()  # noqa: SIM115
         self._connection, theirs = multiprocessing.Pipe()
-        device = _device(cluster.gpus_per_worker)
-        self._process = prefork.spawn(_key(), PRELOAD, theirs, TRAIN, config, start, device, str(self._stacks))
+        self._process = prefork.spawn(_key(), PRELOAD, theirs, TRAIN, config, start, _device(cluster.gpus_per_worker))
+        with contextlib.suppress(OSError):  # it has ended already: that will be seen
+            for given in (self._stacks, listener):
+                reduction.send_handle(self._connection, given.fileno(), self._process.pid)
         self._sending = threading.Lock()
-        self._news: queue.Queue[Orders | None] = queue.Queue()
-        """Orders, or None when the process has ended."""
+        self._news: queue.Queue[Order | None] = queue.Queue()
+        """Orders, or None when the process has ended or failed."""
         self._alive = self._progress = time.monotonic()
-        self._reason, self._done = "", False
+        self.step = 0
+        """The last that it saw done."""
+        self._reason, self._done, self._failed = "", False, False
         self._tell({"kind": "worker", "rank": start.rank, "pid": self._process.pid, "agent_pid": os.getpid()})
 
     def run(self) -> bool:
         """True at the end of the run, False when the attempt is over and there will be another."""
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._follow, daemon=True).start()
-        number, rank = self._start.attempt, self._start.rank
+        attempt, rank = self._start.attempt, self._start.rank
         try:
             while True:
                 try:
@@ -115,18 +131,19 @@ class _Watch:
                     self._end_if_stuck()
                     continue
                 if news is None and self._done:
-                    return bool(ray.get(self._coordinator.done.remote(number, rank)))
+                    return bool(ray.get(self._coordinator.done.remote(attempt, rank)))
                 if news is None:
-                    reason = self._reason or _ended_how(self._process.wait())
-                    ray.get(self._coordinator.lost.remote(number, rank, reason))
+                    if not self._failed:
+                        reason = self._reason or _ended_how(self._process.wait())
+                        ray.get(self._coordinator.lost.remote(attempt, rank, reason, "died"))
                     return False
-                if news.stop:
+                if news.what == "stop":
                     return False
                 self._send(0, news)
         finally:
             self._process.kill()
             self._connection.close()
-            self._stacks.unlink(missing_ok=True)
+            self._stacks.close()
 
     def _read(self) -> None:
         """In a thread: what the process says, until it ends."""
@@ -137,6 +154,7 @@ class _Watch:
                     self._alive = time.monotonic()
                     if name in ("record", "progress"):
                         self._progress = self._alive
+                        self.step = max(self.step, args[0].get("step", 0))
                     if name == "record":
                         self._tell(args[0])
                     elif number:
@@ -158,36 +176,33 @@ class _Watch:
             self._process.end()
 
     def _do(self, name: str, args: tuple[Any, ...]) -> Any:
-        number, rank = self._start.attempt, self._start.rank
+        attempt, rank = self._start.attempt, self._start.rank
         if name == "done":
             self._done = True
-        elif name == "failed":
-            self._reason, lasting = args
-            if lasting:
-                ray.get(self._coordinator.fail.remote(number, self._reason))
-        elif name == "arrive":
-            return ray.get(self._coordinator.arrive.remote(*args))
-        elif name == "commit":
-            return ray.get(self._coordinator.commit_bytes.remote(*args))
-        elif name == "leaving":
-            return ray.get(self._coordinator.leaving.remote(number))
+        elif (
+            name == "failed"
+        ):  # what it has to say is said, and it may hang when it leaves the others: it is not awaited
+            self._failed = True
+            ray.get(self._coordinator.lost.remote(attempt, rank, *args))
+            self._news.put(None)
+        elif name == "begin_save":
+            return ray.get(self._coordinator.begin_save.remote(attempt, *args))
         elif name == "pause":
-            return ray.get(self._coordinator.pause.remote(number, rank, *args))
-        elif name == "resumed":
-            ray.get(self._coordinator.resumed.remote(number, rank))
+            return ray.get(self._coordinator.pause.remote(attempt, rank, *args))
         else:
-            raise AssertionError(name)
+            assert name in ("arrive", "commit", "roll_back"), name
+            return ray.get(getattr(self._coordinator, name).remote(*args))
         return None
 
     def _follow(self) -> None:
         """In a thread: the coordinator's orders, as they come."""
-        seen = Orders()
-        while not seen.stop:
+        seen = Order()
+        while seen.what != "stop":
             try:
-                seen = ray.get(self._coordinator.watch.remote(self._start, self._member, seen))
+                seen = ray.get(self._coordinator.watch.remote(self._start.attempt, seen))
             except Exception as error:  # whatever it is, somebody must end the process
                 logger.warning("no orders can be had: %s", error)
-                seen = Orders(stop=True)
+                seen = Order("stop")
             self._news.put(seen)
 
     def _send(self, number: int, value: Any) -> None:
@@ -200,8 +215,6 @@ class _Watch:
     def _end_if_stuck(self) -> None:
         now = time.monotonic()
         silent_s, still_s = now - self._alive, now - self._progress
-        if self._done:
-            return
         if silent_s > self._silence_s:
             self._reason = f"its process gave no sign of life for {self._silence_s} s: stopped, or swapped out"
         elif still_s > self._stall_s:
@@ -218,7 +231,8 @@ class _Watch:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGUSR1)
         time.sleep(0.5)
-        before, _, main = self._stacks.read_text().rpartition("Current thread ")  # the one that trains takes signals
+        text = os.pread(self._stacks.fileno(), MAX_STACKS, 0).decode(errors="replace")
+        before, _, main = text.rpartition("Current thread ")  # the one that trains takes signals
         return "\n".join((main or before).splitlines()[1:STACK_LINES])
 
 
@@ -246,8 +260,18 @@ def _device(gpus: int) -> str:
     return str(ray.train.torch.get_device())
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as found:
-        found.bind((host, 0))
-        port: int = found.getsockname()[1]
-        return port
+def _listen(host: str) -> socket.socket:
+    """On a port that is kept from now on, on the machine's own address only."""
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def _interface(host: str) -> str:
+    """The name of the network interface with that IPv4 address, for gloo, which would take the one that the machine's
+    name stands for: on some systems that is 127.0.1.1. "" if it cannot be found (Linux only)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(asking, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == host:
+                    return name
+    return ""

@@ -2,71 +2,87 @@
 
 It brings the agents of a worker group together for an attempt and ends the attempt on all ranks when one is lost. At a
 boundary it lets the ranks go on only when all have come with the same digest, and keeps the ledger. It commits
-checkpoints: every rank hands in its share and waits. It remembers the first error that no restart can mend.
+checkpoints: every rank hands in its share and waits. It counts failures, and remembers what no restart can mend.
 
-What it knows it is told: calls that were under way when it died are made again to the one that Ray starts in its place,
-and what was committed is in storage.
+If it dies, Ray starts another, which knows nothing of what this one began. That is not told to it: it takes the next
+term, so that attempts of the one before it can write nothing more, tells whoever asks on their behalf to stop, and
+begins anew from storage, which costs a second.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
-import pickle
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
 
-from relora_ray.checkpoint import Commits, Manifest, Outcome, Share
+from relora_ray.checkpoint import Commits, Outcome, Share
 from relora_ray.checkpoint.checkpointer import LAST_WORDS_S
-from relora_ray.checkpoint.manifest import attempt_number
+from relora_ray.checkpoint.manifest import Rollback
+from relora_ray.checkpoint.ownership import Term, succeed
 from relora_ray.config_file import parse_config
-from relora_ray.errors import ReloraError, RolledBackError
+from relora_ray.errors import ReloraError, SupersededError
 from relora_ray.parallel import disagreement
-from relora_ray.runs import is_finished, run_storage
-from relora_ray.runtime.messages import Arrival, Cause, Event, Member, Orders, Start, log_event
+from relora_ray.runs import run_storage
+from relora_ray.runtime.failures import Failures
+from relora_ray.runtime.messages import Arrival, Cause, Event, Kind, Member, Start, log_event
+from relora_ray.runtime.orders import Order, Orders
+from relora_ray.tally import ProgressLog
 
 MAX_EVENTS = 100_000
 """What nobody fetches is forgotten, the oldest first."""
-TELL_S = 30.0
-"""An actor that replaces one that died is told within this what is under way."""
+DRAINED = 10_000
+"""So many events are fetched at once, at most."""
+HOLD_S = 60.0
+"""A resize that was announced and has not happened for so long is not waited for."""
+FIRST_S = 1.0
+"""After an error the other ranks may have their say for so long: one of them may have failed first, and those that see
+the same error have metrics to store."""
+AGAIN_S = 10.0
+"""Between a try to take the next term that storage did not answer, and the next."""
+GATHER_S = 60.0
+"""When agents have waited for the others for so long, it is said for whom."""
+GIVEN_UP = "this attempt was given up by the coordinator"
 
 logger = logging.getLogger(__name__)
 
 
 class Coordinator:
-    def __init__(self, config: str) -> None:
-        """`config`: the run's YAML."""
+    def __init__(self, config: str, term: Term) -> None:
+        """`config`: the run's YAML. `term`: what the driver has claimed."""
         cfg = parse_config(config)
         self._storage = run_storage(cfg)
-        self._commits = Commits(self._storage, cfg.checkpoint)
-        self._timeout_s, self._max_failures = cfg.cluster.collective_timeout_s, cfg.cluster.max_failures
+        self._commits = Commits(self._storage, cfg.checkpoint, lambda attempt: attempt == self._latest)
+        self._timeout_s = cfg.cluster.collective_timeout_s
+        self._failures = Failures(cfg.cluster.max_failures)
+        self._term, self._takes_over = term, _was_reconstructed()
+        self._progress = None if self._takes_over else ProgressLog(self._storage, term)
         self._committing = asyncio.Lock()
-        self._saves: dict[tuple[int, int, str], _Save] = {}
-        self._boundaries: dict[tuple[int, int, str], _Boundary] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._fatal, self._finished = "", False
         self._group, self._past_groups = "", {""}
         self._gathering = _Gathering()
         self._attempt: _Attempt | None = None
-        self._cfg, self._ended = cfg, 0
-        self._adopted: Start | None = None
-        self._began, self._told = False, asyncio.Event()
-        """Whether this actor has begun an attempt, or was told of one that an actor before it began."""
-        # Unique over the lives of this actor: agents of an attempt that it has forgotten must not be taken for others.
-        self._number = time.time_ns() // 10**6
+        """Under way."""
+        self._latest, self._num_attempts = "", 0
+        """The name of the last attempt that was begun, under way or not, and how many were in this term."""
         self._cause: Cause | None = Cause("start", "the run was started")
-        self._next_cause: Cause | None = None
-        self._failures = 0
+        """Why the next attempt will begin, as soon as that is known."""
+        if self._takes_over:
+            self._cause = Cause("failure", "the coordinator died, and another gave up what that one had begun")
+        self._resize = ""
+        self._not_before = 0.0
+        """The next attempt's time, after a pause."""
         self._last_step, self._last_step_time = 0, time.time()
-        logging.getLogger("relora_ray").addHandler(_Log(self._on_log))
+        logging.getLogger("relora_ray").addHandler(_Log(self.warn))
 
     # Attempts.
 
@@ -75,268 +91,317 @@ class Coordinator:
         for anybody or for this group."""
         if self._fatal or self._finished or member.group in self._past_groups:
             return None
-        if (running := self._attempt) is not None and member.group == self._group:
-            if self._adopted is not None and running.members.get(member.rank, member) == member:
-                running.members[member.rank] = member  # the answer to it was lost with the actor before this one
-                return dataclasses.replace(self._adopted, rank=member.rank)
-            self._end_attempt()  # it asks for another: its process is over
         if member.group != self._group:  # Ray has started another
             self._past_groups.add(self._group)
-            self._past_groups.discard("")
             self._group = member.group
-            self._end_attempt()
-            self._gathering.give_up()
-            self._gathering = _Gathering()
+            self._fail(Cause("failure", "Ray replaced the worker group"))
+            self._gathering = self._gathering.give_up()
+        else:
+            self._fail(Cause("failure", f"rank {member.rank}: its agent lost touch with the coordinator"))
+        if self._fatal:
+            return None
+        if not self._num_attempts:  # an actor before this one may have seen more
+            self._last_step = max(self._last_step, member.step)
         gathering = self._gathering
         gathering.members[member.rank] = member
-        if len(gathering.members) == member.size:
-            self._gathering = _Gathering()
-            await self._settle()
-            if member.group != self._group:  # replaced meanwhile
-                gathering.give_up()
-                return None
-            self._end_attempt()
-            self._number += 1
-            cause = self._cause or Cause("failure", "Ray replaced the worker group")
-            self._attempt = _Attempt(self._number, list(gathering.members.values()), member.size, cause)
-            self._cause, self._began, self._adopted = None, True, None
-            gathering.begin(self._attempt)
-        await gathering.complete.wait()
+        if len(gathering.members) == 1:
+            asyncio.get_running_loop().call_later(GATHER_S, self._say_who_is_missing, gathering, member.size)
+        if len(gathering.members) == member.size and not gathering.full:
+            gathering.full = True
+            await self._begin(gathering)
+        await gathering.decided.wait()
         return gathering.starts.get(member.rank)
 
-    async def watch(self, start: Start, member: Member, seen: Orders) -> Orders:
-        """The orders of an attempt, as soon as they are not those that were `seen`."""
-        if not self._began:  # this actor replaces one that died: it learns here what is under way
-            self._began, self._group = True, member.group
-            self._attempt = _Attempt(start.attempt, [], start.size, start.cause)
-            self._attempt.trains = True
-            self._cause, self._adopted = None, start
-            self._told.set()
-            for rank in self._gathering.members:
-                self._gathering.starts[rank] = dataclasses.replace(start, rank=rank)
-            self._attempt.members |= self._gathering.members
-            self._gathering.give_up()
-            self._gathering = _Gathering()
-        mine = self._attempt
-        if mine is None or mine.number != start.attempt:
-            return Orders(stop=True)
-        mine.members[start.rank] = member
-        await mine.until(lambda: mine.orders != seen)
-        return mine.orders
+    async def _begin(self, gathering: _Gathering) -> None:
+        """Begin an attempt with these agents, unless they are of no use any more when the time has come."""
+        await asyncio.sleep(self._not_before - time.monotonic())
+        await self._own()
+        async with self._committing:  # it will look for the newest checkpoint
+            if gathering is not self._gathering:
+                return
+            self._num_attempts += 1
+            self._latest = self._term.attempt(self._num_attempts)
+            assert self._cause is not None, "whatever ended the attempt before has set it"
+            self._attempt = _Attempt(self._latest, gathering.members, self._cause)
+            self._cause, self._gathering = None, _Gathering()
+            about = {"attempt": self._latest, "world_size": self._attempt.size, "cause": self._attempt.cause.text}
+            self._tally({"kind": "begin"} | about)
+            gathering.begin(self._latest, self._attempt.cause, secrets.token_hex(16))
 
-    async def lost(self, attempt: int, rank: int, reason: str) -> None:
-        """A rank's process is gone: the attempt is over, for all. Returns when the next may be asked for."""
-        mine = await self._find(attempt)
-        if mine is None:
+    async def _own(self) -> None:
+        """Take the next term, if this actor is in the place of one that died."""
+        while self._takes_over and not self._fatal:
+            try:
+                self._term = await asyncio.to_thread(succeed, self._storage, self._term)
+                self._progress = await asyncio.to_thread(ProgressLog, self._storage, self._term)
+                self._takes_over = False
+            except SupersededError as error:
+                self.supersede(str(error))
+            except ReloraError as error:
+                self.warn(f"no attempt can begin: {error}")
+                await asyncio.sleep(AGAIN_S)
+
+    def _say_who_is_missing(self, gathering: _Gathering, size: int) -> None:
+        if gathering is self._gathering and not gathering.full:
+            missing = sorted(set(range(size)) - gathering.members.keys())
+            self.warn(f"the next attempt waits for ranks {missing}: their agents did not come in {GATHER_S:.0f} s")
+
+    async def watch(self, attempt: str, seen: Order) -> Order:
+        """What the ranks of an attempt are told, as soon as it is not what was `seen`."""
+        if (mine := self._find(attempt)) is None:
+            return Order("stop")
+        await mine.until(lambda: mine.orders.order != seen)
+        return mine.orders.order
+
+    async def lost(self, attempt: str, rank: int, reason: str, kind: Kind) -> None:
+        """A rank has failed, or its process is gone: the attempt is over, for all. Returns when the next may be asked
+        for."""
+        if kind == "lasting" and attempt == self._latest:  # also if another rank was quicker to end
+            self._give_up(reason)
+        if (mine := self._find(attempt)) is None:
             return
-        mine.lost.add(rank)
-        if self._cause is None:
-            self._cause = Cause("failure", f"rank {rank}: {reason}")
-            # One that went back is bounded by train.max_rollbacks. Its process says so by the error's name.
-            self._failures += not reason.startswith(f"{RolledBackError.__name__}: ")
-            self._warn(self._cause.text)
-            if self._max_failures >= 0 and self._failures > self._max_failures and not self._fatal:
-                self._fatal = (
-                    f"{self._failures} attempt(s) failed, and cluster.max_failures={self._max_failures} allows no "
-                    f"more; the last: {self._cause.text}"
-                )
-        await self._wait_for_save(mine)
-        self._ended = mine.number
-        self._end_attempt(mine)
+        mine.lost[rank] = (reason, kind)
+        mine.changed()
+        if kind != "died":
+            await mine.until(lambda: mine.orders.order.what == "stop" or len(mine.lost) == mine.size, FIRST_S)
+        await self._let_them_store(mine)
+        self._end(mine)
 
-    async def done(self, attempt: int, rank: int) -> bool:
+    async def done(self, attempt: str, rank: int) -> bool:
         """A rank came to the end of the run; returns when all have (True) or one is lost (False)."""
-        mine = await self._find(attempt)
-        if mine is None:  # an actor that has died may have let the others go
-            return self._finished or await asyncio.to_thread(self._is_finished)
+        if (mine := self._find(attempt)) is None:
+            return self._finished
         mine.done.add(rank)
         if len(mine.done) == mine.size:
             self._finished = True
-            self._end_attempt(mine)
-        await mine.until(lambda: mine.orders.stop)
+            self._stop()
+        await mine.until(lambda: mine.orders.order.what == "stop")
         return self._finished
 
-    async def fail(self, attempt: int, message: str) -> None:
-        """A worker's error that a restart cannot mend; the first counts, also if another rank was quicker to end."""
-        if await self._find(attempt) is not None or attempt == self._ended:
-            self._fatal = self._fatal or message
-
-    def _is_finished(self) -> bool:
-        return is_finished(self._cfg, self._storage)
+    def supersede(self, reason: str) -> None:
+        """The run belongs to another driver: nothing more is begun."""
+        self._fatal = reason
+        self._stop()
+        self._give_up(reason)
 
     def fatal(self) -> str:
+        """Why the run cannot go on, or ""."""
         return self._fatal
 
-    async def _find(self, number: int) -> _Attempt | None:
-        """The attempt of that number, if it is under way."""
-        if not self._began:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._told.wait(), TELL_S)
-        return self._attempt if self._attempt is not None and self._attempt.number == number else None
+    def bad_nodes(self) -> list[str]:
+        """Ray's ids of machines to do without for the moment."""
+        return self._failures.bad_nodes(time.monotonic())
 
-    def _end_attempt(self, attempt: _Attempt | None = None) -> None:
-        if self._attempt is not None and attempt in (None, self._attempt):
-            self._attempt.order(stop=True)
+    def _find(self, attempt: str) -> _Attempt | None:
+        """The attempt of that name, if it is under way."""
+        return self._attempt if self._attempt is not None and self._attempt.name == attempt else None
+
+    def _give_up(self, reason: str) -> None:
+        """Begin no other attempt. The first reason counts."""
+        self._fatal = self._fatal or reason
+        self._gathering = self._gathering.give_up()
+
+    def _stop(self) -> None:
+        if self._attempt is not None:
+            self._attempt.become(self._attempt.orders.stop())
             self._attempt = None
 
-    async def _wait_for_save(self, attempt: _Attempt) -> None:
+    def _end(self, attempt: _Attempt) -> None:
+        """End an attempt of which ranks are lost, if nobody else has."""
+        if attempt is not self._attempt:
+            return
+        first = attempt.first_lost()
+        rank = next(iter(attempt.lost)) if first is None else first  # all of them say that another failed
+        reason, kind = attempt.lost.get(rank) or next(iter(attempt.lost.values()))
+        node = "" if first is None else attempt.members[rank].node
+        self._fail(Cause("failure", f"rank {rank}: {reason}"), node, planned=kind == "rollback")
+
+    def _fail(self, cause: Cause, node: str = "", *, planned: bool = False) -> None:
+        """End the attempt under way, if there is one, and see what follows. `planned`: one that went back is no failure
+        (it is bounded by train.max_rollbacks)."""
+        if (ended := self._attempt) is None:
+            if self._cause is None:
+                self._cause = cause
+            return
+        self._stop()
+        self._tally({"kind": "lost", "attempt": ended.name, "cause": (self._cause or cause).text})
+        if self._cause is not None:  # it ends for a resize
+            return
+        self._cause = cause
+        self.warn(cause.text)
+        if not ended.trained:
+            self._record(ended, cause.text)
+        if planned or self._fatal:
+            return
+        now, others = time.monotonic(), len({member.node for member in ended.members.values()}) > 1
+        if bad := self._failures.failed(now, stepped=ended.trained, node=node, others=others):
+            self.warn(bad)
+        if too_many := self._failures.too_many():
+            self._give_up(f"{too_many}; the last: {cause.text}")
+        elif pause_s := self._failures.pause_s():
+            self._not_before = now + pause_s
+            count = self._failures.without_step
+            self.warn(f"{count} attempt(s) without a step, the next begins in {pause_s:.0f} s: {cause.text}")
+
+    async def _let_them_store(self, attempt: _Attempt) -> None:
         """Those that are left may be storing a checkpoint that needs nothing of those that are lost."""
-        waiting: list[asyncio.Future[Any]] = [
-            save.outcome for save in self._saves.values() if save.may_complete_without(attempt.lost)
-        ]
-        if attempt.storing is not None and attempt.lost <= set(attempt.leaving):
-            waiting.append(attempt.storing)
-        if waiting:
-            await asyncio.wait(waiting, timeout=LAST_WORDS_S)
 
-    async def _settle(self) -> None:
-        """Wait until no commit is under way: an attempt looks for the newest checkpoint after this."""
-        async with self._committing:
-            pass
+        def are_storing() -> bool:
+            saving = any(save.may_complete_without(attempt.lost) for save in attempt.saves.values())
+            return saving or (attempt.orders.storing and attempt.orders.leaving >= attempt.lost.keys())
 
-    # Wishes of the elastic policy.
+        await attempt.until(lambda: not are_storing(), LAST_WORDS_S)
+
+    # Wishes of the elastic policy, and of a driver that is told to stop.
 
     def ask_to_save(self, leaving: list[str] | None, cause: str, wait: bool) -> bool:
         """Have all ranks store their state after the next step and then `wait`, for a resize. `leaving`: machines that
         will soon be gone; None: those that were named before. False if nothing is being trained: ask again."""
-        mine = self._attempt
-        if mine is None:
+        if (mine := self._attempt) is None:
             return False
-        if leaving is not None:
-            mine.leaving = [m.rank for m in mine.members.values() if m.node in leaving]
-        if not wait and self.is_paused():  # for a resize: what there is to store is stored
-            return True
-        mine.stored = False
-        mine.waits = wait
-        if mine.orders.go_on >= mine.orders.save:  # nobody waits any more since the last wish
-            mine.paused = {}
-        self._next_cause = Cause("resize", cause)
-        mine.order(save=max(time.time_ns(), mine.orders.save + 1))
+        ranks = None if leaving is None else [m.rank for m in mine.members.values() if m.node in leaving]
+        if wait:
+            self._resize = cause
+        mine.become(mine.orders.ask(wait=wait, leaving=ranks))
+        self._hold(mine)
         return True
 
     def is_asked(self) -> bool:
         """Whether a wish is still to be fulfilled: not if the attempt ended or the state could not be stored."""
-        return self._attempt is not None and self._attempt.orders.save > self._attempt.orders.go_on
+        return self._attempt is not None and self._attempt.orders.order.what in ("save", "held")
 
     def is_stored(self) -> bool:
         """Whether the last wish was fulfilled: all ranks have stored their state since."""
-        return self._attempt is not None and self._attempt.stored
-
-    async def pause(self, attempt: int, rank: int, step: int, stored: bool) -> Orders:
-        """A rank has stored what it was asked to store, or has not been able to."""
-        mine = await self._find(attempt)
-        if mine is None:
-            return Orders(stop=True)
-        mine.paused[rank] = stored
-        if mine.storing is not None and not mine.storing.done():
-            mine.storing.set_result(None)
-        mine.stored = len(mine.paused) == mine.size and all(mine.paused.values())
-        if not stored or (not mine.waits and len(mine.paused) == mine.size):
-            mine.order(go_on=mine.orders.save)
-        return mine.orders
-
-    async def resumed(self, attempt: int, rank: int) -> None:
-        """A rank has waited long enough and trains."""
-        if (mine := await self._find(attempt)) is not None:
-            mine.paused.pop(rank, None)
+        return self._attempt is not None and self._attempt.orders.stored
 
     def is_paused(self) -> bool:
         """Whether the state is stored and all ranks wait: a resize loses nothing."""
-        mine = self._attempt
-        return mine is not None and mine.waits and len(mine.paused) == mine.size and all(mine.paused.values())
+        return self._attempt is not None and self._attempt.orders.order.what == "held"
 
-    def resizing(self) -> None:
-        """The worker group is about to be replaced by one of another size."""
-        self._cause = self._next_cause
+    def resizing(self) -> bool:
+        """The worker group is about to be replaced by one of another size. Whether they all still wait."""
+        if self._attempt is not None:
+            self._cause = Cause("resize", self._resize)
+            self._hold(self._attempt)
+        return self.is_paused()
 
     def go_on(self) -> None:
         """No resize after all."""
         if self._attempt is not None:
-            self._attempt.paused = {}
-            self._attempt.order(go_on=self._attempt.orders.save)
+            self._cause = None
+            self._attempt.become(self._attempt.orders.withdraw())
 
-    async def leaving(self, attempt: int) -> list[int]:
-        """Ranks on machines that will soon be gone. Asked when they begin to store what they were asked to."""
-        mine = await self._find(attempt)
-        if mine is None:
+    async def begin_save(self, attempt: str, step: int) -> list[int]:
+        """Rank 0 is about to store what it was asked to. Returns the ranks on machines that will soon be gone."""
+        if (mine := self._find(attempt)) is None:
             return []
-        mine.storing = asyncio.get_running_loop().create_future()
-        return list(mine.leaving)
+        mine.become(mine.orders.begin(step))
+        return sorted(mine.orders.leaving)
+
+    async def pause(self, attempt: str, rank: int, step: int, stored: bool) -> int:
+        """A rank has stored what it was asked to, or has not been able to. Returns when it may train on, with the
+        number of the wish that it has obeyed."""
+        if (mine := self._find(attempt)) is None:
+            return 0
+        mine.become(mine.orders.come(rank, step, stored))
+        wish = mine.orders.bound
+        self._hold(mine)
+        await mine.until(lambda: mine.orders.is_over(wish))
+        return wish
 
     async def last_words(self) -> None:
         """Returns when a checkpoint that the survivors are storing is committed: Ray may then end them."""
         if self._attempt is not None:
-            await self._wait_for_save(self._attempt)
+            await self._let_them_store(self._attempt)
+
+    def _hold(self, attempt: _Attempt) -> None:
+        """From now on the ranks wait for a resize for so long, if they all wait."""
+        if attempt.timer is not None:
+            attempt.timer.cancel()
+        if attempt.orders.order.what == "held":
+            attempt.timer = asyncio.get_running_loop().call_later(HOLD_S, self._release, attempt)
+
+    def _release(self, attempt: _Attempt) -> None:
+        if attempt is self._attempt:
+            self.warn(f"there was no resize in {HOLD_S:.0f} s: the workers train on")
+            self.go_on()
 
     # Boundaries.
 
     async def arrive(self, arrival: Arrival) -> str:
         """Returns when all ranks are there: "" if they agree, or else what is wrong, the same to all."""
-        key = (arrival.attempt, arrival.step, arrival.when)
-        for over in [k for k in self._boundaries if k[:2] < key[:2]]:
-            del self._boundaries[over]
-        boundary = self._boundaries.setdefault(key, _Boundary())
-        if not boundary.digests:
-            boundary.began = time.time()
+        if (mine := self._find(arrival.attempt)) is None:
+            return GIVEN_UP
+        key = (arrival.step, arrival.when)
+        for over in [k for k in mine.boundaries if k[0] < arrival.step]:
+            del mine.boundaries[over]
+        boundary = mine.boundaries.setdefault(key, _Boundary())
         boundary.digests[arrival.rank] = arrival.digest
-        if len(boundary.digests) == arrival.size and not boundary.verdict.done():
-            odd = disagreement([boundary.digests[rank] for rank in range(arrival.size)])
+        if len(boundary.digests) == mine.size and not boundary.verdict.done():
+            odd = disagreement([boundary.digests[rank] for rank in range(mine.size)])
             what = f"{arrival.when} the boundary at step {arrival.step}"
             boundary.verdict.set_result(f"{what}: {odd}" if odd else "")
-            if arrival.when == "after" and not odd:
-                self._enter_in_ledger(arrival)
+            if odd:
+                mine.suspect(boundary.odd())
+            elif arrival.when == "after":
+                self._enter_in_ledger(mine, arrival)
         try:
             return await asyncio.wait_for(asyncio.shield(boundary.verdict), self._timeout_s)
         except asyncio.TimeoutError:
-            missing = sorted(set(range(arrival.size)) - boundary.digests.keys())
+            missing = sorted(set(range(mine.size)) - boundary.digests.keys())
             error = f"ranks {missing} did not come to the boundary at step {arrival.step} in {self._timeout_s} s."
             if not boundary.verdict.done():
+                mine.suspect(missing)
                 boundary.verdict.set_result(error)
             return boundary.verdict.result()
 
-    def _enter_in_ledger(self, after: Arrival) -> None:
-        """Write the ledger's page on one boundary. What came before it is not known if this actor died meanwhile."""
-        before = self._boundaries.get((after.attempt, after.step, "before"))
+    def _enter_in_ledger(self, attempt: _Attempt, after: Arrival) -> None:
+        """Write the ledger's page on one boundary."""
+        before = attempt.boundaries[after.step, "before"]
         page = {
             "step": after.step,
-            "attempt": self._attempt.name if self._attempt is not None else "",
-            "world_size": after.size,
-            "digest_before": before.digests[after.rank] if before is not None else None,
+            "attempt": attempt.name,
+            "world_size": attempt.size,
+            "digest_before": before.digests[after.rank],
             "digest_after": after.digest,
-            "boundary_s": time.time() - before.began if before is not None else None,
+            "boundary_s": time.time() - before.began,
             "unix_time": time.time(),
         }
-        self._put_page(f"ledger/step-{after.step:08d}.json", page)
+        self._put_page(f"ledger/step-{after.step:08d}-{attempt.name}.json", page)
 
-    # Checkpoints.
+    # Checkpoints. Agents do not know what a Share is: it comes and goes as JSON.
 
-    async def commit_bytes(self, share: bytes) -> bytes:
-        """`commit`, for agents, which do not know what a Share is. (From our own process, not from storage.)"""
-        return pickle.dumps(await self.commit(pickle.loads(share)))
-
-    async def commit(self, share: Share) -> Outcome:
+    async def commit(self, share: str) -> str:
         """One rank's share of a save; returns when all writers' are there and the manifest is stored, or is not: the
         same to every rank."""
-        manifest = share.manifest
-        key = (attempt_number(manifest.attempt), manifest.step, manifest.attempt)
-        for over in [other for other in self._saves if other < key]:  # an attempt has one save under way
-            del self._saves[over]
-        found = None
-        if key not in self._saves and (self._told.is_set() or not self._began):
-            # The actor before this one may have committed it and not told everybody.
-            found = await asyncio.to_thread(self._commits.committed, manifest)
-        if found is not None:
-            return Outcome(manifest=found)
-        save = self._saves.setdefault(key, _Save(set(share.writers)))
+        return (await self._commit(Share.model_validate_json(share))).model_dump_json()
+
+    async def roll_back(self, rollback: str) -> str:
+        """Store that the run goes back."""
+        wanted = Rollback.model_validate_json(rollback)
+        outcome = await self._decide(wanted.attempt, lambda: self._commits.roll_back(wanted))
+        return outcome.model_dump_json()
+
+    async def _commit(self, share: Share) -> Outcome:
+        if (mine := self._find(share.manifest.attempt)) is None:
+            return Outcome(manifest=None, error=GIVEN_UP)
+        step = share.manifest.step
+        for over in [other for other in mine.saves if other < step]:  # an attempt has one save under way
+            del mine.saves[over]
+        save = mine.saves.setdefault(step, _Save(set(share.writers)))
         if save.outcome.done():  # it was given up, or needs nothing of this rank
             return save.outcome.result()
         save.shares[share.rank] = share
         if save.writers <= save.shares.keys() and not save.complete.is_set():
             save.complete.set()
-            async with self._committing:
-                shares = [save.shares[rank] for rank in sorted(save.shares)]
-                save.outcome.set_result(await asyncio.to_thread(self._commits.commit, shares))
-            self._in_background(self._prune(save.outcome.result().manifest))
+            shares = [save.shares[rank] for rank in sorted(save.shares)]
+            save.outcome.set_result(await self._decide(mine.name, lambda: self._commits.commit(shares)))
+            mine.changed()
+            if (manifest := save.outcome.result().manifest) is not None:
+                self._failures.committed({member.node for member in mine.members.values()})
+                if self._progress is not None:
+                    self._progress.committed(manifest)
+                self._in_background(asyncio.to_thread(self._commits.prune, manifest))
         try:  # only the gathering has a time limit: a commit that has begun is waited for
             await asyncio.wait_for(save.complete.wait(), self._timeout_s)
         except asyncio.TimeoutError:
@@ -344,42 +409,56 @@ class Coordinator:
             if not save.outcome.done() and not save.complete.is_set():
                 error = f"no share from ranks {missing} in {self._timeout_s} s"
                 save.outcome.set_result(Outcome(manifest=None, error=error))
+                mine.changed()
         return await asyncio.shield(save.outcome)
 
-    async def _prune(self, committed: Manifest | None) -> None:
-        if committed is not None:
-            async with self._committing:
-                await asyncio.to_thread(self._commits.prune, committed)
+    async def _decide(self, attempt: str, action: Callable[[], Outcome]) -> Outcome:
+        """Carry out `action`, in a thread, if the attempt is still under way; the next begins after that."""
+        async with self._committing:
+            if self._find(attempt) is None:
+                return Outcome(manifest=None, error=GIVEN_UP)
+            return await asyncio.to_thread(action)
 
     # Events.
 
-    def tell(self, attempt: int, event: Event) -> None:
-        if self._attempt is None or self._attempt.number != attempt:
+    def tell(self, attempt: str, event: Event) -> None:
+        if (mine := self._find(attempt)) is None:
             return
         self._events.append(event)
+        self._tally(event)
         if event["kind"] == "attempt":
-            self._attempt.name, self._attempt.from_step = event["attempt"], event["step"]
+            mine.from_step = event["step"]
         if event["kind"] == "train":
-            if not self._attempt.trains:
-                self._attempt.trains = True
-                self._on_first_step(self._attempt)
+            if not mine.trained:
+                mine.trained = True
+                self._record(mine)
             self._last_step, self._last_step_time = event["step"], time.time()
 
-    def _on_first_step(self, attempt: _Attempt) -> None:
-        """An attempt trains: record what the change cost."""
+    def _record(self, attempt: _Attempt, ended_by: str = "") -> None:
+        """An attempt trains, or ended before it did: record what that has cost since the record before."""
+        begun_from = self._last_step if attempt.from_step is None else attempt.from_step
         page = {
             "kind": "restart",
             "attempt": attempt.name,
             "change": attempt.cause.change,
             "cause": attempt.cause.text,
+            "trained": attempt.trained,
+            "ended_by": ended_by,
             "world_size": attempt.size,
             "from_step": attempt.from_step,
-            "steps_lost": max(0, self._last_step - attempt.from_step),
+            "steps_lost": max(0, self._last_step - begun_from),
             "down_s": time.time() - self._last_step_time,
             "unix_time": time.time(),
         }
-        self._events.append(page)
+        self._last_step, self._last_step_time = begun_from, time.time()
+        self._tally(page)
+        if attempt.trained:
+            self._events.append(page)
         self._put_page(f"restarts/{attempt.name}.json", page)
+
+    def _tally(self, event: Event) -> None:
+        if self._progress is not None:
+            self._progress.add(event)
 
     def _put_page(self, path: str, page: dict[str, Any]) -> None:
         """In the background; a page that cannot be stored is a warning."""
@@ -388,23 +467,19 @@ class Coordinator:
             try:
                 self._storage.put(path, json.dumps(page, indent=1).encode())
             except ReloraError as error:
-                self._warn(f"{path} was not written: {error}")
+                self.warn(f"{path} was not written: {error}")
 
         self._in_background(asyncio.to_thread(put))
 
     def drain(self) -> list[Event]:
-        """The events since the last call. Only the driver asks."""
-        events = list(self._events)
-        self._events.clear()
-        return events
+        """The oldest events that were not fetched yet. Only the driver asks."""
+        return [self._events.popleft() for _ in range(min(DRAINED, len(self._events)))]
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """A line on the driver's console (from any thread)."""
         self._events.append(log_event("coordinator", message))
 
-    def _on_log(self, record: logging.LogRecord) -> None:
-        self._warn(record.getMessage())
-
-    def _in_background(self, work: Any) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -415,54 +490,78 @@ class _Gathering:
 
     def __init__(self) -> None:
         self.members: dict[int, Member] = {}
-        self.complete = asyncio.Event()
+        self.full = False
+        self.decided = asyncio.Event()
         self.starts: dict[int, Start] = {}
-        """None of them: the group is over."""
+        """None of them: there is nothing to do for the group."""
 
-    def begin(self, attempt: _Attempt) -> None:
+    def begin(self, attempt: str, cause: Cause, secret: str) -> None:
         first = self.members[0]
         for rank in self.members:
-            self.starts[rank] = Start(attempt.number, rank, attempt.size, first.host, first.port, attempt.cause)
-        self.complete.set()
+            self.starts[rank] = Start(attempt, rank, len(self.members), first.host, first.port, cause, secret)
+        self.decided.set()
 
-    def give_up(self) -> None:
-        self.complete.set()
+    def give_up(self) -> _Gathering:
+        """The next."""
+        self.decided.set()
+        return _Gathering()
 
 
 class _Attempt:
-    def __init__(self, number: int, members: list[Member], size: int, cause: Cause) -> None:
-        self.number, self.size, self.cause = number, size, cause
-        self.members = {member.rank: member for member in members}
-        self.name, self.from_step, self.trains = "", 0, False
-        self.orders, self._changed = Orders(), asyncio.Event()
-        self.lost: set[int] = set()
+    def __init__(self, name: str, members: dict[int, Member], cause: Cause) -> None:
+        self.name, self.members, self.size, self.cause = name, members, len(members), cause
+        self.orders, self._changed = Orders(self.size), asyncio.Event()
+        self.from_step: int | None = None
+        self.trained = False
+        self.lost: dict[int, tuple[str, Kind]] = {}
+        """Why and how, by rank, in the order in which it was heard of."""
+        self._suspect: int | None = None
         self.done: set[int] = set()
-        self.leaving: list[int] = []
-        self.waits = False
-        self.storing: asyncio.Future[None] | None = None
-        """Done when what they were asked to store is stored, or is not."""
-        self.paused: dict[int, bool] = {}
-        """Ranks that wait since they were asked to save, and whether that was stored."""
-        self.stored = False
+        self.saves: dict[int, _Save] = {}
+        self.boundaries: dict[tuple[int, str], _Boundary] = {}
+        self.timer: asyncio.TimerHandle | None = None
 
-    def order(self, **changes: Any) -> None:
-        self.orders = dataclasses.replace(self.orders, **changes)
+    def become(self, orders: Orders) -> None:
+        self.orders = orders
+        self.changed()
+
+    def changed(self) -> None:
         self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Returns when its orders are such that `condition` holds."""
-        while not condition():
-            self._changed.clear()
-            await self._changed.wait()
+    async def until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Returns when `condition` holds, or after that time. It is looked at when something has changed."""
+
+        async def wait() -> None:
+            while not condition():
+                await self._changed.wait()
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(wait(), timeout_s)
+
+    def suspect(self, ranks: list[int]) -> None:
+        """The attempt fails because of these, whoever says so first."""
+        self._suspect = ranks[0] if len(ranks) == 1 else None
+
+    def first_lost(self) -> int | None:
+        """The rank with which it began, as far as that is known."""
+        if self._suspect is not None:
+            return self._suspect
+        return next((rank for rank, (_, kind) in self.lost.items() if kind != "follows"), None)
 
 
 class _Boundary:
     """Who has come to a boundary, and what becomes of them."""
 
     def __init__(self) -> None:
-        self.began = 0.0
+        self.began = time.time()
         self.digests: dict[int, int] = {}
         self.verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def odd(self) -> list[int]:
+        """The ranks whose digest most others do not have."""
+        values = list(self.digests.values())
+        return [rank for rank, value in self.digests.items() if 2 * values.count(value) < len(values)]
 
 
 class _Save:
@@ -474,19 +573,26 @@ class _Save:
         self.complete = asyncio.Event()
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
-    def may_complete_without(self, lost: set[int]) -> bool:
-        return not self.outcome.done() and not (self.writers - self.shares.keys()) & lost
+    def may_complete_without(self, lost: dict[int, Any]) -> bool:
+        return not self.outcome.done() and not (self.writers - self.shares.keys()) & lost.keys()
 
 
 class _Log(logging.Handler):
     """Hands warnings on: what this process logs is seen by nobody."""
 
-    def __init__(self, hand_on: Callable[[logging.LogRecord], None]) -> None:
+    def __init__(self, hand_on: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
         self._hand_on = hand_on
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._hand_on(record)
+        self._hand_on(record.getMessage())
+
+
+def _was_reconstructed() -> bool:
+    """Whether Ray started this actor in place of one that died."""
+    if not ray.is_initialized():
+        return False
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 CoordinatorActor = ray.remote(

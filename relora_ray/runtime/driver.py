@@ -24,17 +24,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from relora_ray import config as rc
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config_file import to_yaml
-from relora_ray.errors import ConfigError, RunFailedError, StoppedError
+from relora_ray.errors import ConfigError, RunBusyError, RunFailedError, StoppedError
 from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
 from relora_ray.model import build_model, embedding_rows
 from relora_ray.parallel import World
-from relora_ray.runs import check_vocabulary, claim, open_data, run_storage
+from relora_ray.runs import begin, check_run, check_vocabulary, open_data, run_storage
 from relora_ray.runtime import elastic
 from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
-from relora_ray.runtime.lease import only_driver
 from relora_ray.runtime.messages import Event, log_event
+from relora_ray.runtime.owner import owning
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -42,16 +42,18 @@ logger = logging.getLogger(__name__)
 OnEvent = Callable[[Event], None]
 
 POLL_S = 0.5
+DRAIN_S = 30.0
+"""A coordinator that does not say what there is to show within this is asked again."""
 START_S = 300.0
 """The coordinator has started within this."""
 STOP_S = 600.0
 """At most for the last save. Whoever says stop usually waits less, and then says SIGKILL."""
 
 
-def preflight(cfg: rc.RunConfig, *, dry_run: bool = False) -> rc.RunConfig:
-    """Check all that can be checked without Ray; returns the config as it will run. Raises ReloraError.
+def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
+    """Check all that can be checked without Ray; returns the config as it will run. Writes nothing. Raises ReloraError.
 
-    Local paths become absolute, because workers run in folders of their own. `dry_run`: nothing is written.
+    Local paths become absolute, because workers run in folders of their own.
     """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in cfg.storage and not os.path.isabs(cfg.storage):
         raise ConfigError(
@@ -64,24 +66,32 @@ def preflight(cfg: rc.RunConfig, *, dry_run: bool = False) -> rc.RunConfig:
         shell = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta")
         check_vocabulary(embedding_rows(shell), open_data(cfg))
         build_method(cfg).adapt(shell, cfg.steps)
-    return claim(cfg, dry_run=dry_run)
+    return check_run(cfg)
 
 
-def run(cfg: rc.RunConfig, *, on_event: OnEvent) -> None:
+def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
-    RunBusyError before anything is done and StoppedError after SIGTERM, KeyboardInterrupt after SIGINT."""
-    with only_driver(run_storage(cfg)), connected(cfg):
+    RunBusyError before anything is written, unless it is to `wait` for the other driver's end, and StoppedError after
+    SIGTERM, KeyboardInterrupt after SIGINT."""
+    with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg):
+        cfg = begin(cfg, hold.term)
         _say_what_is_missing(cfg, on_event)
         _say_if_drivers_cannot_be_told_apart(cfg, on_event)
         # On the driver's own node: without this, Ray may put it on a spot machine.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        coordinator = CoordinatorActor.options(scheduling_strategy=here).remote(to_yaml(cfg))
+        coordinator = CoordinatorActor.options(scheduling_strategy=here).remote(to_yaml(cfg), hold.term)
         try:
             ray.get(coordinator.fatal.remote(), timeout=START_S)
         except ray.exceptions.RayError as error:
             raise RunFailedError(f"the coordinator cannot start on the driver's node: {error}") from error
-        with _watching(coordinator, on_event), _saving_when_told_to_stop(coordinator, run_storage(cfg)):
-            _fit(cfg, coordinator)
+        hold.when_lost(lambda reason: coordinator.supersede.remote(reason))
+        try:
+            with _watching(coordinator, on_event), _saving_when_told_to_stop(coordinator, run_storage(cfg)):
+                _fit(cfg, coordinator)
+        except RunFailedError:
+            if hold.lost:
+                raise RunBusyError(hold.lost) from None
+            raise
 
 
 def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
@@ -106,7 +116,7 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
             run_config=RunConfig(
                 name=f"{cfg.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                failure_config=FailureConfig(max_failures=-1),  # the coordinator counts, from commit to commit
             ),
         )
         try:
@@ -141,10 +151,10 @@ def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
 
 def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -> None:
     storage = run_storage(cfg)
-    if not storage.is_local and not storage.honours_put_new():
+    if not storage.honours_put_new():
         message = (
-            f"the server of {storage.url} ignores If-None-Match: if two drivers train this run and commit a checkpoint "
-            f"at the same moment, neither is told. Keep to one."
+            f"{storage.url} replaces what it was told to create: if two drivers claim this run at the same moment, "
+            f"both may train it. Start one at a time."
         )
         on_event(log_event("driver", message))
 
@@ -188,17 +198,19 @@ def _watching(coordinator: Any, on_event: OnEvent) -> Iterator[None]:
     """Hand the coordinator's events to `on_event`, in a thread, until the block ends."""
     done = threading.Event()
 
-    def poll() -> None:
+    def poll() -> int:
+        """Returns how many events there were."""
         if not ray.is_initialized():  # a call would start one
-            return
+            return 0
         try:
-            events = ray.get(coordinator.drain.remote())
+            events = ray.get(coordinator.drain.remote(), timeout=DRAIN_S)
         except ray.exceptions.RayError as error:
             logger.warning("no progress can be shown for the moment: %s", error)
             done.wait(10 * POLL_S)
-            return
+            return 0
         for event in events:
             on_event(event)
+        return len(events)
 
     def watch() -> None:
         while not done.wait(POLL_S):
@@ -211,7 +223,8 @@ def _watching(coordinator: Any, on_event: OnEvent) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        poll()
+        while poll():  # a call gives so many at most
+            pass
 
 
 @contextmanager

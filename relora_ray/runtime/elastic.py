@@ -4,14 +4,35 @@ Stock Ray Train looks at its machines every minute, through a list that is 20 s 
 a word: what was trained since the last checkpoint is done again. Here the list is fresh and without machines that are
 being drained. For a resize that nobody forces the ranks are asked to store their state after the next step and wait;
 the group is replaced while they do, so no step is lost. After a loss the survivors are left to store what they began.
+A machine on which attempts fail again and again is treated like one that is gone.
 
-Where Ray's classes are not as expected, `trainer_class` returns Ray's own trainer, with a warning: tests/runtime say
-clearly when a new version of Ray changes them.
+All that is private to Ray 2.60 and used here; the settings at `SETTINGS` are its environment variables:
+
+| private                                            | for                     | public instead                       |
+|----------------------------------------------------|-------------------------|--------------------------------------|
+| TorchTrainer._initialize_and_run_controller        | to hand the policy over | none                                 |
+| ElasticScalingPolicy, its make_decision_..., twice | when to resize          | none                                 |
+| NoopDecision, ResizeDecision                       | what they return        | none                                 |
+| on_controller_start_worker_group                   | placing, and its size   | ScalingConfig.label_selector: fixed  |
+| before_controller_execute_failure_decision         | last words              | UserCallback.after_exception: not    |
+|                                                    |                         | where a group could not start        |
+| after_controller_start, _send_resource_request,    | to ask the autoscaler   | ray.autoscaler.sdk: one wish for the |
+| _maybe_..., _get_num_workers_for_resource_request  |                         | cluster, not one for each run        |
+| _autoscaling_coordinator, _requester_id            | which machines are ours | ray.nodes(): also what others have   |
+| ray._private.state.state.get_draining_nodes        | which will be gone      | none: list_nodes() knows only alive  |
+| (optional)                                         |                         | and dead, and needs a dashboard;     |
+|                                                    |                         | get_preemption_info() is for workers |
+
+`trainer_class` compares names and parameters, and the trainer does all of it once before it trains. Where something
+does not work, Ray's own elastic policy is used, and the driver's console says so. Without the optional one nothing
+counts as being drained.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterable
@@ -27,7 +48,7 @@ from relora_ray.runtime.agent import warm_up
 logger = logging.getLogger(__name__)
 
 try:
-    from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
     missing = ""
@@ -49,6 +70,8 @@ ASK_AGAIN_S = 10.0
 CALL_S = 10.0
 """The coordinator answers within this."""
 LAST_WORDS_S = 70.0
+SAY_AGAIN_S = 60.0
+"""What lasts is said again after this."""
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -60,42 +83,90 @@ SETTINGS = {
 }
 """Environment of Ray Train's controller; what is set already stays."""
 
+OVERRIDDEN = (
+    "make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group",
+    "on_controller_start_worker_group", "before_controller_execute_failure_decision",
+    "_get_num_workers_for_resource_request",
+)  # fmt: skip
+USED = (
+    "after_controller_start", "_maybe_send_resource_request", "_send_resource_request", "_autoscaling_coordinator",
+)  # fmt: skip
+
+Resources = dict[str, float]
+
 
 def trainer_class(coordinator: Any) -> Any:
     """TorchTrainer, with this module's policy if Ray's classes allow it."""
-    reason = missing or _what_is_unknown()
-    if reason:
-        logger.warning(
-            "Ray %s is not the version that this was made for (%s): its own elastic policy is used, which loses steps "
-            "at a resize.",
-            ray.__version__,
-            reason,
-        )
+    if reason := missing or _what_is_unknown():
+        _say_that_stock_is_used(coordinator, reason)
         return TorchTrainer
 
     class ElasticTrainer(TorchTrainer):
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-            kwargs["scaling_policy"] = BoundaryPolicy(self.scaling_config, coordinator)
+            policy, reason = _tried_policy(self.scaling_config, coordinator, kwargs)
+            if reason:
+                _say_that_stock_is_used(coordinator, reason)
+            else:
+                kwargs["scaling_policy"] = policy
             return super()._initialize_and_run_controller(**kwargs)
 
     return ElasticTrainer
 
 
+def _say_that_stock_is_used(coordinator: Any, reason: str) -> None:
+    message = (
+        f"Ray {ray.__version__} is not the version that this was made for ({reason}): its own elastic policy is used, "
+        f"which looks for machines once a minute, loses steps at a resize and hears of no notice. Install ray==2.60.*."
+    )
+    _show(coordinator, message)
+
+
+def _show(coordinator: Any, message: str) -> None:
+    """On the driver's console, from any process: what Ray Train's controller logs is seen by nobody."""
+    try:
+        coordinator.warn.remote(message)
+    except AttributeError:  # it has no such method
+        logger.warning("%s", message)
+
+
 def _what_is_unknown() -> str:
-    """What this module needs of Ray's private classes and does not find."""
-    needed = {
-        ElasticScalingPolicy: (
-            "make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group",
-            "_get_reserved_resources", "_count_possible_workers", "_get_resize_decision",
-            "_maybe_send_resource_request", "on_controller_start_worker_group",
-            "before_controller_execute_failure_decision",
-        ),
-        TorchTrainer: ("_initialize_and_run_controller",),
-    }  # fmt: skip
+    """What this module needs of Ray's private classes and does not find, or finds with other parameters."""
+    needed = {ElasticScalingPolicy: OVERRIDDEN + USED, TorchTrainer: ("_initialize_and_run_controller",)}
     absent = [
         f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)
     ]
-    return f"there is no {', '.join(absent)}" if absent else ""
+    if absent:
+        return f"there is no {', '.join(absent)}"
+    changed = [
+        f"{name}{theirs}"
+        for name in OVERRIDDEN
+        if list((theirs := inspect.signature(getattr(ElasticScalingPolicy, name))).parameters)
+        != list(inspect.signature(getattr(BoundaryPolicy, name)).parameters)
+    ]
+    return f"there is now {', '.join(changed)}" if changed else ""
+
+
+def _tried_policy(scaling_config: Any, coordinator: Any, controller: dict[str, Any]) -> tuple[Any, str]:
+    """A policy that has done once all that is private to Ray, and what did not work. Before training, in the driver.
+
+    `controller`: the arguments of Ray Train's controller."""
+    try:
+        if absent := {"scaling_policy", "train_run_context"} - controller.keys():
+            return None, f"Ray Train's controller takes no {', '.join(sorted(absent))}"
+        policy = BoundaryPolicy(scaling_config, coordinator)
+        policy.try_all(controller["train_run_context"])
+    except ray.exceptions.RayTaskError as error:
+        return None, _in_words(error)
+    except ray.exceptions.RayError as error:  # somebody is slow or away: that is no other version
+        _show(coordinator, f"the machines could not be looked at before the start: {_in_words(error)}.")
+    except Exception as error:  # whatever it is: Ray's own policy may work
+        return None, _in_words(error)
+    return policy, ""
+
+
+def _in_words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"  # the last one of a traceback says what it was
 
 
 if not missing:
@@ -106,11 +177,21 @@ if not missing:
         def __init__(self, scaling_config: Any, coordinator: Any) -> None:
             super().__init__(scaling_config)
             self._coordinator = coordinator
+            self._min, self._max = scaling_config.min_workers, scaling_config.max_workers
+            self._each: Resources = {kind: n for kind, n in scaling_config.resources_per_worker.items() if n}
+            """What one worker needs."""
+            self._size = 0
+            """Workers of the group that was started last."""
             self._checked_at, self._doubt_until = 0.0, 0.0
             self._gone: set[str] = set()
             """Machines that Ray takes for alive and that do not answer."""
+            self._left_out: set[str] = set()
+            """Machines on which attempts fail again and again, and without which there are enough."""
+            self._placed_without: set[str] = set()
+            """Those among them on which no worker of this group was placed."""
+            self._in_their_place = 0
+            """How many more workers Ray is asked for than there may be, as it takes bad machines for good ones."""
             self._possible, self._possible_since = 0, 0.0
-            self._group_start: float | None = None
             self._asked: int | None = None
             """The size that the ranks were asked to store their state for."""
             self._ask_again_at = 0.0
@@ -119,6 +200,14 @@ if not missing:
             self._told_leaving: set[str] = set()
             self._warming: dict[str, tuple[Any, float]] = {}
             """By machine: the task that has everything imported there, and since when."""
+            self._said: dict[str, float] = {}
+
+        def try_all(self, run_context: Any) -> None:
+            """Do once, in the driver, what the controller will have this do. Raises whatever does not work."""
+            NoopDecision()
+            self._start_with(self._max)
+            self.after_controller_start(run_context)  # the request is the run's own: the controller makes it again
+            self._see()
 
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
             try:
@@ -128,48 +217,69 @@ if not missing:
             self._doubt_until = time.monotonic() + DOUBT_S
 
         def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
-            """Keep Ray from placing workers on machines that it does not yet know to be gone."""
-            return {"ray.io/node-id": f"!in({','.join(sorted(self._gone))})"} if self._gone else None
+            """Keep Ray from placing workers on machines that it does not yet know to be gone, or that are left out."""
+            self._size, self._asked = num_workers, None
+            self._placed_without = set(self._left_out)
+            without = self._gone | self._left_out
+            return {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
+
+        def _get_num_workers_for_resource_request(self) -> int:
+            return int(self._max + self._in_their_place)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
-            decision = super().make_decision_for_non_running_worker_group()
-            if isinstance(decision, NoopDecision):
-                time.sleep(0.2)  # the controller asks again at once
-            return decision
+            self._maybe_send_resource_request()
+            resources = self._look()
+            if resources is not None:
+                room = self._room(resources)
+                if room >= self._min:
+                    self._said.pop("waiting", None)
+                    return self._start_with(room)
+                self._say_waiting(resources, room)
+            time.sleep(0.2)  # the controller asks again at once
+            return NoopDecision()
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-            now, size = time.monotonic(), worker_group_state.num_workers
-            if self._group_start != worker_group_state.start_time:
-                self._group_start, self._asked = worker_group_state.start_time, None
+            now, size = time.monotonic(), self._size
             if self._asked is not None and self._is_paused():
                 return self._resize(size, self._asked)
             if now - self._checked_at < CHECK_S:
                 return NoopDecision()
             self._checked_at = now
             self._maybe_send_resource_request()
-            resources = self._get_reserved_resources()
+            resources = self._look()
             if resources is None:
                 return NoopDecision()
             leaving = self._leaving
-            if self._asked is not None and not self._call("is_asked"):  # the attempt ended, or nothing could be stored
+            bad = self._left_out - self._placed_without
+            """Workers may be there: the group is replaced even if its size stays."""
+            if self._asked is not None and not (is_asked := self._call("is_asked")):
+                # The attempt ended, or nothing could be stored.
+                if bad and is_asked is False:  # on such a machine it may never be: what is there to lose is lost
+                    return self._resize(size, self._asked, at_once=True)
                 self._asked, self._ask_again_at = None, now + ASK_AGAIN_S
                 self._told_leaving.clear()
-            possible = self._count_possible_workers(resources)
+            possible = self._room(resources)
             if possible != self._possible:
                 self._possible, self._possible_since = possible, now
-            wanted = size if possible < self.scaling_config.min_workers else possible
-            if wanted > size and not (self._are_warm(resources) and now - self._possible_since >= STEADY_S):
-                wanted = size
+            wanted = size if possible < self._min else possible
+            takes_in = wanted > size or (wanted == size and bad)
+            if takes_in and not (self._are_warm(resources) and now - self._possible_since >= STEADY_S):
+                wanted, bad = size, set()
             if now < self._ask_again_at:
                 return NoopDecision()
-            if wanted != size and wanted != self._asked:
-                verb = "machines are being drained" if leaving and wanted < size else "machines came or went"
-                if self._ask(leaving, f"{verb}: {size} -> {wanted} workers", wait=True):
+            stays = wanted == size and not bad
+            if not stays and wanted != self._asked:
+                cause = "machines came or went"
+                if bad:
+                    cause = "attempts failed again and again on a machine"
+                elif leaving and wanted < size:
+                    cause = "machines are being drained"
+                if self._ask(leaving, f"{cause}: {size} -> {wanted} workers", wait=True):
                     self._asked = wanted
-            elif wanted == size and self._asked is not None:
+            elif stays and self._asked is not None:
                 self._call("go_on")
                 self._asked = None
-            elif wanted == size and leaving - self._told_leaving:
+            elif stays and leaving - self._told_leaving:
                 # There is nobody to go on without them: at least the state is stored.
                 self._ask(leaving, "machines are being drained", wait=False)
             return NoopDecision()
@@ -189,15 +299,20 @@ if not missing:
                 self._told_leaving |= leaving
             return accepted
 
-        def _resize(self, size: int, wanted: int) -> Any:
+        def _resize(self, size: int, wanted: int, *, at_once: bool = False) -> Any:
+            """`at_once`: though not all wait with their state stored."""
             self._asked = None
-            resources = self._get_reserved_resources()  # never on a stale plan
-            if resources is None or self._count_possible_workers(resources) != wanted:
+            resources = self._look()  # never on a stale plan
+            if resources is None or self._room(resources) != wanted:
                 self._call("go_on")
                 return NoopDecision()
-            self._call("resizing")
+            if not self._call("resizing") and not at_once:  # they do not wait any more
+                return NoopDecision()
             logger.info("resizing from %d to %d workers", size, wanted)
-            return self._get_resize_decision(wanted)
+            return self._start_with(wanted)
+
+        def _start_with(self, workers: int) -> Any:
+            return ResizeDecision(num_workers=workers, resources_per_worker=self._each)
 
         def _is_paused(self) -> bool:
             return bool(self._call("is_paused"))
@@ -209,19 +324,105 @@ if not missing:
                 logger.warning("the coordinator does not answer: %s", error)
                 return None
 
-        def _get_reserved_resources(self) -> Any:
-            """What each machine has for us now, without those that are being drained."""
+        def _say(self, what: str, message: str, *, again_s: float = math.inf) -> None:
+            """On the driver's console; `what`, a name for it, not again before `again_s`."""
+            now = time.monotonic()
+            if what not in self._said or now - self._said[what] >= again_s:
+                self._said[what] = now
+                _show(self._coordinator, message)
+
+        def _say_waiting(self, resources: dict[str, Resources], room: int) -> None:
+            each = ", ".join(f"{amount:g} {kind}" for kind, amount in self._each.items())
+            without = [
+                f"{len(nodes)} {why}"
+                for nodes, why in ((self._leaving, "being drained"), (self._gone, "gone"))
+                if nodes
+            ]
+            self._say(
+                "waiting",
+                f"waiting for machines for {self._min} workers with {each} each (there are {len(resources)}, with room "
+                f"for {room}{''.join(f', and {text}' for text in without)}). Without an autoscaler, add machines or "
+                f"lower cluster.min_workers.",
+                again_s=SAY_AGAIN_S,
+            )
+
+        def _room(self, machines: dict[str, Resources]) -> int:
+            """Workers that fit there, and no more than there may be."""
+            return int(min(sum(self._fit(there) for there in machines.values()), self._max))
+
+        def _fit(self, there: Resources) -> int:
+            return min((int(there.get(kind, 0) // amount) for kind, amount in self._each.items()), default=self._max)
+
+        def _look(self) -> dict[str, Resources] | None:
+            """`_see`, or None if that fails: the run goes on at its size."""
             try:
-                found = ray.get(
-                    self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, True),
-                    timeout=CALL_S,
+                return self._see()
+            except Exception as error:  # whatever it is
+                self._say(
+                    "look",
+                    f"the machines cannot be looked at ({_in_words(error)}): the run is neither started nor resized "
+                    f"until they can be.",
+                    again_s=SAY_AGAIN_S,
                 )
-                self._leaving = _draining()
-                self._gone = _unreachable(found) if time.monotonic() < self._doubt_until else set()
-            except Exception as error:  # whatever it is: the run goes on at its size
-                logger.warning("the machines cannot be looked at: %s", error)
                 return None
-            return {node: resources for node, resources in found.items() if node not in self._leaving | self._gone}
+
+        def _see(self) -> dict[str, Resources]:
+            """What each machine has for us now, without those that are being drained, do not answer or are left out."""
+            bad = self._ask_for_more_than_bad_ones()
+            found = ray.get(
+                self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, True), timeout=CALL_S
+            )
+            self._leaving = self._being_drained()
+            self._gone = _unreachable(found) if time.monotonic() < self._doubt_until else set()
+            usable = {node: there for node, there in found.items() if node not in self._leaving | self._gone}
+            return self._leave_out(bad, usable)
+
+        def _being_drained(self) -> set[str]:
+            try:
+                return _draining()
+            except Exception as error:  # a run can do without
+                self._say(
+                    "draining",
+                    f"Ray does not say which machines are being drained ({_in_words(error)}): none counts as such. "
+                    f"A notice changes nothing, and after the machine is lost the steps since the last checkpoint are "
+                    f"done again.",
+                )
+                return set()
+
+        def _ask_for_more_than_bad_ones(self) -> dict[str, str]:
+            """Machines on which attempts fail again and again, the worst first, with their addresses. Ray reserves
+            machines for us and starts others only as long as we ask for more than fits on these."""
+            named = self._call("bad_nodes") if hasattr(self._coordinator, "bad_nodes") else None
+            if not named and not self._in_their_place:
+                return {}
+            alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+            bad = [node for node in named or [] if node in alive]
+            in_their_place = sum(self._fit(alive[node]["Resources"]) for node in bad)
+            if in_their_place != self._in_their_place:
+                self._in_their_place = in_their_place
+                self._send_resource_request()
+            return {node: alive[node]["NodeManagerAddress"] for node in bad}
+
+        def _leave_out(self, bad: dict[str, str], usable: dict[str, Resources]) -> dict[str, Resources]:
+            """Those of the `usable` machines that are used: without the bad ones, as long as enough are left."""
+            self._left_out = set()
+            for node, address in bad.items():
+                others = {other: there for other, there in usable.items() if other != node}
+                if self._room(others) >= self._min:
+                    usable = others
+                    self._left_out.add(node)
+                    self._say(
+                        f"left out {node}",
+                        f"machine {address} ({node}) is left out: attempts failed there again and again. The run goes "
+                        f"on with others.",
+                    )
+                elif node in usable:
+                    self._say(
+                        f"needed {node}",
+                        f"attempts failed again and again on machine {address} ({node}), but without it there is "
+                        f"no room for cluster.min_workers={self._min}: it is used until another comes.",
+                    )
+            return usable
 
 
 def _unreachable(nodes: Iterable[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Event = dict[str, Any]
@@ -26,7 +26,9 @@ class Member:
     """Ray's id of the machine."""
     host: str
     port: int
-    """Free on that machine a moment ago: where the ranks meet if this is rank 0."""
+    """The agent listens there: where the ranks meet if this is rank 0."""
+    step: int = 0
+    """The last that it saw done."""
 
 
 Change = Literal["start", "resize", "failure"]
@@ -43,32 +45,27 @@ class Cause:
 class Start:
     """An attempt, as one rank is to begin it."""
 
-    attempt: int
-    """Counts the attempts that one coordinator began."""
+    attempt: str
+    """Its name: see ownership.py."""
     rank: int
     size: int
     host: str
     port: int
     cause: Cause
+    secret: str = field(repr=False)
+    """Who does not know it does not meet the others."""
 
 
-@dataclass(frozen=True)
-class Orders:
-    """What the ranks of an attempt are to do. `save` and `go_on` are times in ns, so that a later order is greater."""
-
-    stop: bool = False
-    """The attempt is over: end the process and ask again."""
-    save: int = 0
-    """When it was asked to store the state after the next step, and then to wait."""
-    go_on: int = 0
-    """Whoever was asked to wait up to then goes on."""
+Kind = Literal["", "lasting", "follows", "rollback", "died"]
+"""Of a failure. lasting: a restart cannot mend it. follows: it is another rank's. rollback: the run goes back.
+died: its process ended without a word."""
 
 
 @dataclass(frozen=True)
 class Arrival:
     """One rank at a boundary."""
 
-    attempt: int
+    attempt: str
     rank: int
     size: int
     step: int

@@ -3,33 +3,43 @@ instead of five. All agents of a job on one machine share it, and it outlives th
 and what they need is there. It ends by itself when nobody has used it for a while.
 
     agent                      server                         process that trains
-    connects, sends a request  forks                          begins, with the agent's pipe and environment
+    connects                   says hello
+    sends a request            forks                          begins, with the agent's pipe and environment
     reads the exit code        writes it when that ended
     closes the connection      SIGKILL, if it has not ended
 
-The request is a pickle from a socket that only this user can open.
+It listens at an abstract address, and from when it has imported everything. So the kernel tells who there is (bound and
+not listening: it starts), lets one of many agents start it, and clears away the name; no file can be put in its place.
+Everybody on the machine may try the address, so both ends ask the kernel who the other is: what is sent are pickles,
+and the environment with its secrets. A server that hangs is ended, or left if processes live that it forked, and the
+next address is taken. Needs Linux 5.3 or later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import importlib
+import logging
 import os
 import pickle
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 IDLE_S = 120.0
 """Without agents for so long the server ends."""
@@ -37,32 +47,61 @@ END_S = 60.0
 """A process that was sent SIGKILL is gone within this."""
 START_S = 120.0
 """The server has imported everything within this."""
+HELLO_S = 5.0
+"""A server that has imported everything answers within this, or it hangs."""
+REQUEST_S = 2.0
+"""A request that was begun is read within this: an agent that stops halfway must not make the server seem to hang."""
+CHECK_S = 0.05
+NUM_STARTS = 3
+"""A server that ended so often before it was up will not be."""
+NUM_ADDRESSES = 16
+
+_left: set[str] = set()
+"""Addresses that this process does not ask again: the server hangs, or is not this user's."""
 
 
 class Child:
     """A forked process, as its agent sees it."""
 
-    def __init__(self, control: socket.socket, pid: int) -> None:
-        self._control, self.pid = control, pid
+    def __init__(self, control: socket.socket, pid: int, pidfd: int) -> None:
+        self._control, self.pid, self._pidfd = control, pid, pidfd
+        self._code: int | None = None
+        weakref.finalize(self, os.close, pidfd)  # not in kill(): end() in a thread could meet another's of this number
 
     def wait(self) -> int:
-        """Its exit code, negative for a signal."""
-        self._control.settimeout(END_S)
-        data = self._control.recv(16)
-        return int(data) if data else -signal.SIGKILL  # the server is gone, and took it along
+        """Its exit code, negative for a signal. TimeoutError if it does not end (a driver hangs)."""
+        if self._code is None and connection.wait([self._control, self._pidfd], END_S):
+            self._code = self._learn()
+        if self._code is None or not connection.wait([self._pidfd], END_S):
+            raise TimeoutError(
+                f"process {self.pid} has not ended within {END_S} s: does it hang in a driver or storage?"
+            )
+        return self._code
 
     def end(self) -> None:
-        """Have it ended, if it still lives."""
-        with contextlib.suppress(OSError):
-            self._control.shutdown(socket.SHUT_WR)
+        """Have it ended, if it still lives. Asks no server, which may hang."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End it, if it still lives. Returns when it is gone; TimeoutError if it cannot be ended (a driver hangs)."""
+        """End it, if it still lives. Returns when it is gone; TimeoutError if it cannot be ended."""
         self.end()
-        self._control.settimeout(END_S)
-        with contextlib.suppress(ConnectionError):
-            self._control.recv(16)
+        self.wait()
         self._control.close()
+
+    def _learn(self) -> int:
+        self._control.settimeout(HELLO_S)
+        try:
+            if data := self._control.recv(16):
+                return int(data)
+        except ConnectionError:
+            pass
+        except TimeoutError:  # the server hangs: the kernel keeps the code of a child that it has not waited for
+            status = int(Path(f"/proc/{self.pid}/stat").read_text().split()[-1])
+            _end_hung(self._control)
+            return os.waitstatus_to_exitcode(status)
+        self.end()  # the server is gone
+        return -signal.SIGKILL
 
 
 def spawn(key: str, preload: Sequence[str], pipe: Connection, target: str, *args: Any) -> Child:
@@ -71,76 +110,124 @@ def spawn(key: str, preload: Sequence[str], pipe: Connection, target: str, *args
     `target`: "module:function", looked up in the new process. `pipe` is handed over: it is closed here.
     """
     request = pickle.dumps((target, args, dict(os.environ)))
-    for last in (False, True):
-        control = _connect(key, preload)
+    with pipe, _connect(key, preload) as control:
         control.settimeout(START_S)
-        try:
-            socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno()])
-            control.sendall(request)
-            child = Child(control, int.from_bytes(_receive(control, 8), "big"))
-        except (OSError, EOFError):  # the server ended just then: it had not been used for long
-            control.close()
-            if last:
-                pipe.close()
-                raise
-        else:
-            break
-    pipe.close()
-    return child
+        socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno()])
+        control.sendall(request)
+        pid, fds, _, _ = socket.recv_fds(control, 8, 1, socket.MSG_CMSG_CLOEXEC)
+        if not fds:
+            raise ConnectionError(f"the server for {key!r} could not fork a process: see what it wrote to stderr")
+        return Child(socket.socket(fileno=control.detach()), int.from_bytes(pid, "big"), fds[0])
 
 
 def warm(key: str, preload: Sequence[str]) -> None:
     """Start the server for `key` if there is none; returns when it has imported everything."""
-    control = _connect(key, preload)
-    control.shutdown(socket.SHUT_WR)
-    control.recv(1)  # the end of the connection: it took no request from it
-    control.close()
-
-
-def _folder() -> Path:
-    folder = Path(tempfile.gettempdir(), f"relora-ray-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    assert folder.stat().st_uid == os.getuid(), f"{folder} belongs to somebody else"
-    return folder
+    _connect(key, preload).close()
 
 
 def _connect(key: str, preload: Sequence[str]) -> socket.socket:
-    given = [key, sys.executable, *sys.path, *preload]
-    address = _folder() / f"{hashlib.sha256(repr(given).encode()).hexdigest()[:16]}.sock"
-    until = time.monotonic() + START_S
-    with open(address.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one agent of many starts it
-        while True:
-            control = socket.socket(socket.AF_UNIX)
-            try:
-                control.connect(str(address))
-                return control
-            except (FileNotFoundError, ConnectionRefusedError):
-                control.close()
-            if time.monotonic() > until:
-                raise TimeoutError(f"{address} cannot be started")
-            _start(address, preload)
-
-
-def _start(address: Path, preload: Sequence[str]) -> None:
-    """Start the server, with a session and a parent of its own, so that it stays when this process goes."""
-    address.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(address))
-    listener.listen(64)  # requests may come before the imports are done
-    code = f"import sys; sys.path[:] = {sys.path!r}; from relora_ray.runtime.prefork import main; main()"
-    command = [sys.executable, "-c", code, str(listener.fileno()), str(address), ",".join(preload)]
-    # A shell in between ends at once: its child is nobody's.
-    subprocess.run(
-        ["/bin/sh", "-c", '"$@" &', "sh", *command], pass_fds=[listener.fileno()], start_new_session=True, check=True
+    """A connection to the server for `key`, which has said hello."""
+    for address in (addresses := _addresses(key, preload)):
+        if address in _left:
+            continue
+        if control := _reach(address, preload):
+            return control
+        logger.warning("the server at @%s hangs or is not this user's: the next address is tried", address[1:])
+        _left.add(address)
+    raise TimeoutError(
+        f"no server at @{addresses[0][1:]} to -{NUM_ADDRESSES - 1} answers: they hang, or are other users' "
+        "(/proc/net/unix lists them, `ss -xlp` their processes); end those"
     )
-    listener.close()
+
+
+def _addresses(key: str, preload: Sequence[str]) -> list[str]:
+    given = [key, os.geteuid(), sys.executable, *sys.path, *preload]
+    name = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+    return [f"\0relora-ray-{name}-{number}" for number in range(NUM_ADDRESSES)]
+
+
+def _reach(address: str, preload: Sequence[str]) -> socket.socket | None:
+    """A connection to the server at `address`, which is started if there is none and has said hello. None if it hangs,
+    or is another user's."""
+    until, num_starts = time.monotonic() + START_S, 0
+    while time.monotonic() < until:
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(HELLO_S)
+            try:
+                control.connect(address)
+                if not _peer(control):
+                    return None
+                if control.recv(1):
+                    return socket.socket(fileno=control.detach())
+            except ConnectionRefusedError:  # it is not up
+                num_starts += _start(address, preload)
+                if num_starts > NUM_STARTS:
+                    raise ChildProcessError(
+                        f"the server ended {NUM_STARTS} times at its start: see its stderr"
+                    ) from None
+                time.sleep(CHECK_S)
+            except ConnectionError:  # it ended just then
+                pass
+            except (TimeoutError, BlockingIOError):
+                if not _end_hung(control):
+                    return None
+    return None
+
+
+def _start(address: str, preload: Sequence[str]) -> bool:
+    """Start the server, with a session and a parent of its own, so that it stays when this process goes. False if it is
+    starting."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return False
+        code = f"import sys; sys.path[:] = {sys.path!r}; from relora_ray.runtime.prefork import main; main()"
+        command = [sys.executable, "-c", code, str(listener.fileno()), ",".join(preload)]
+        # A shell in between ends at once: its child is nobody's.
+        command = ["/bin/sh", "-c", '"$@" &', "sh", *command]
+        subprocess.run(command, pass_fds=[listener.fileno()], start_new_session=True, check=True)
+    return True
+
+
+def _end_hung(control: socket.socket) -> bool:
+    """End the server at the other end, which does not answer. False if it is left, as processes live that it forked
+    and that would end with it, though they need it for nothing; or if it cannot be ended."""
+    server = _peer(control)
+    control.setblocking(False)
+    try:
+        with os.fdopen(os.pidfd_open(server), "rb", buffering=0) as process:
+            with contextlib.suppress(BlockingIOError):  # still connected, so that this is the server's process
+                control.recv(1, socket.MSG_PEEK)
+                return True  # it answers, or has ended
+            if any(map(_lives, Path(f"/proc/{server}/task/{server}/children").read_text().split())):
+                return False
+            logger.warning("the server that forks processes hangs, and has none: process %d is ended", server)
+            signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+            return bool(connection.wait([process.fileno()], HELLO_S))
+    except OSError as error:
+        return isinstance(error, (ProcessLookupError, ConnectionError))
+
+
+def _lives(pid: str) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def _peer(control: socket.socket) -> int:
+    """The process at the other end, which connected or listens: 0 if it is another user's, or in another container that
+    shares this one's network."""
+    pid, uid, _ = struct.unpack("iII", control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid) if uid == os.geteuid() else 0
 
 
 def main() -> None:
     """The server's loop."""
     listener = socket.socket(fileno=int(sys.argv[1]))
-    for name in sys.argv[3].split(","):
+    for name in sys.argv[2].split(","):
         with contextlib.suppress(ImportError):  # the process that trains will say what is wrong
             importlib.import_module(name)
     woken, wake = socket.socketpair()
@@ -149,40 +236,49 @@ def main() -> None:
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     selector = selectors.DefaultSelector()
-    selector.register(listener, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
-    children: dict[int, socket.socket] = {}
-    """By process id: the agent's connection."""
+    selector.register(listener, selectors.EVENT_READ)
+    listener.listen(4096)  # here and not in _start: agents see that it is up, and that this process is the server
+    agents: dict[socket.socket, int] = {}
+    """The process that was forked for each, 0 before that."""
+
+    def drop(control: socket.socket) -> None:
+        selector.unregister(control)
+        del agents[control]
+        control.close()
+
     used = time.monotonic()
-    while children or time.monotonic() - used < IDLE_S:
+    while any(agents.values()) or time.monotonic() - used < IDLE_S:
         for key, _ in selector.select(timeout=IDLE_S / 10):
-            used = time.monotonic()
-            if key.fileobj is listener:
-                control, _ = listener.accept()
-                try:
-                    _fork(control, [listener, woken, wake], children)
-                    selector.register(control, selectors.EVENT_READ)
-                except Exception as error:
-                    if not isinstance(error, (OSError, EOFError)):  # the agent died, or only wanted to know
-                        traceback.print_exc()
-                    control.close()
-            elif key.fileobj is woken:
+            control = key.fileobj
+            assert isinstance(control, socket.socket)
+            if control is woken:
                 woken.recv(4096)
-            else:  # the agent is gone, or wants it ended
-                selector.unregister(key.fileobj)
-                for pid, held in children.items():
-                    if held is key.fileobj:
-                        os.kill(pid, signal.SIGKILL)
+            elif control is listener:
+                control, _ = listener.accept()
+                if not _peer(control):
+                    control.close()
+                    continue
+                agents[control] = 0
+                selector.register(control, selectors.EVENT_READ)
+                with contextlib.suppress(OSError):
+                    control.send(b"!")
+            elif agents[control]:  # the agent is gone
+                os.kill(agents[control], signal.SIGKILL)
+                drop(control)
+            else:
+                try:
+                    agents[control] = _fork(control, [selector, listener, woken, wake, *agents])
+                except Exception as error:
+                    if not isinstance(error, EOFError):  # the agent only wanted to know
+                        traceback.print_exc()
+                    drop(control)
+            used = time.monotonic()
         for pid, status in _ended():
-            if pid not in children:  # its agent was gone before it began
-                continue
-            control = children.pop(pid)
-            with contextlib.suppress(KeyError, ValueError):
-                selector.unregister(control)
-            with contextlib.suppress(OSError):
-                control.sendall(str(os.waitstatus_to_exitcode(status)).encode())
-            control.close()
-    Path(sys.argv[2]).unlink(missing_ok=True)
+            for control in [agent for agent in agents if agents[agent] == pid]:  # none if it was gone
+                with contextlib.suppress(OSError):
+                    control.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                drop(control)
 
 
 def _ended() -> Iterator[tuple[int, int]]:
@@ -192,9 +288,9 @@ def _ended() -> Iterator[tuple[int, int]]:
             yield found
 
 
-def _fork(control: socket.socket, others: Sequence[socket.socket], children: dict[int, socket.socket]) -> None:
-    """Read one request and fork its process, which is added to `children`; its agent may be gone by then."""
-    control.settimeout(10)
+def _fork(control: socket.socket, inherited: Sequence[socket.socket | selectors.BaseSelector]) -> int:
+    """Read one request and fork its process, which closes what is `inherited`. EOFError if there is no request."""
+    control.settimeout(REQUEST_S)
     length, fds, _, _ = socket.recv_fds(control, 8, 1)
     if len(length) < 8 or not fds:
         raise EOFError
@@ -202,26 +298,26 @@ def _fork(control: socket.socket, others: Sequence[socket.socket], children: dic
         request = _receive(control, int.from_bytes(length, "big"))
         pid = os.fork()
         if pid == 0:
-            _become([control, *others, *children.values()], Connection(fds[0]), request)
+            _become(inherited, Connection(fds[0]), request)
     finally:
         os.close(fds[0])
     try:
-        control.sendall(pid.to_bytes(8, "big"))
-    except OSError:
+        with os.fdopen(os.pidfd_open(pid), "rb", buffering=0) as process:  # nobody but this process can free that id
+            socket.send_fds(control, [pid.to_bytes(8, "big")], [process.fileno()])
+    except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise
-    children[pid] = control
-    control.settimeout(None)
+    return pid
 
 
-def _become(connections: Sequence[socket.socket], pipe: Connection, request: bytes) -> None:
+def _become(inherited: Sequence[socket.socket | selectors.BaseSelector], pipe: Connection, request: bytes) -> None:
     """In the new process. Does not return."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for connection in connections:
-            connection.close()
+        for each in inherited:
+            each.close()
         target, args, environment = pickle.loads(request)
         os.environ.clear()
         os.environ.update(environment)

@@ -28,14 +28,16 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 from ray.util.queue import Empty, Queue
 
-from relora_ray.checkpoint import list_manifests, pin
+from relora_ray.checkpoint import list_manifests
+from relora_ray.checkpoint.history import pin
+from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
 from relora_ray.errors import ConfigError, DivergedError, ReloraError, RunBusyError, RunFailedError, StoppedError
 from relora_ray.fork import fork, warm_start_digest
 from relora_ray.methods import build_method
-from relora_ray.runs import claim, read_config, run_storage
+from relora_ray.runs import begin, is_run, read_config, run_storage
 from relora_ray.runtime import driver
-from relora_ray.runtime.lease import only_driver
+from relora_ray.runtime.owner import owning
 from relora_ray.storage import Storage
 from relora_ray.sweep.population import replacements
 from relora_ray.sweep.results import (
@@ -72,7 +74,7 @@ def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
     trials run in folders of their own, and its folder. Raises ReloraError."""
     if sweep.spec.search == "tpe":
         import_optuna()
-    first = driver.preflight(first_run(sweep), dry_run=True)
+    first = driver.preflight(first_run(sweep))
     base = sweep.base | {
         "storage": first.storage.rpartition("/")[0],
         "data": sweep.base["data"] | {"path": first.data.path, "fingerprint": first.data.fingerprint},
@@ -104,13 +106,26 @@ def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
     first = first_run(sweep)
     folder = sweep_storage(first)
     workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
-    with only_driver(folder), driver.connected(first.model_copy(update={"cluster": workers})):
+    with _owning(folder), driver.connected(first.model_copy(update={"cluster": workers})):
         began = _claim(folder, sweep)
         points = {point.number: point for point in read_points(folder)}
         shared = _claim_warm_starts(sweep)
         with _listening(on_event) as queue:
             _tune(sweep, folder, points, began, _Trainer(sweep, shared, queue))
     return read_points(folder)
+
+
+@contextmanager
+def _owning(folder: Storage) -> Iterator[None]:
+    """Own the sweep; if another driver takes it over, this one ends as by Ctrl-C, with the reason."""
+    with owning(folder) as hold:
+        hold.when_lost(lambda reason: os.kill(os.getpid(), signal.SIGINT))
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not hold.lost:
+                raise
+            raise RunBusyError(hold.lost) from None
 
 
 def sweep_storage(run: RunConfig) -> Storage:
@@ -174,7 +189,7 @@ def _claim_warm_starts(sweep: Sweep) -> set[str]:
             if digest and count[digest] == 2:
                 warm = _warm_config(cfg, digest)
                 if not list_manifests(run_storage(warm)):
-                    claim(warm)
+                    begin(warm, claim(run_storage(warm)))
                 claimed.add(digest)
     return claimed
 
@@ -184,7 +199,7 @@ def _warm_config(cfg: RunConfig, digest: str) -> RunConfig:
     train = cfg.train.model_copy(update={"stop_after_steps": cfg.warm_start_steps})
     warm = cfg.model_copy(update={"name": f"{WARM}{digest}", "train": train})
     storage = run_storage(warm)
-    if not storage.exists("config.yaml"):
+    if not is_run(storage):
         return warm
     known = read_config(storage)  # another point's: all that the warm start depends on is the same
     return known.model_copy(update={name: getattr(warm, name) for name in ("train", "cluster", "checkpoint", "data")})

@@ -12,77 +12,104 @@ import faulthandler
 import itertools
 import logging
 import os
-import pickle
 import signal
 import threading
 import time
 from concurrent.futures import Future
 from datetime import timedelta
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from relora_ray.checkpoint import Outcome, Share
+from relora_ray.checkpoint import Outcome, Rollback, Share
 from relora_ray.config import RunConfig
 from relora_ray.config_file import parse_config
-from relora_ray.errors import RanksDisagreeError, ReloraError
+from relora_ray.errors import RanksDisagreeError, ReloraError, RolledBackError
 from relora_ray.loop import run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World
-from relora_ray.runtime.messages import Arrival, Orders, Start, log_event
+from relora_ray.runtime.messages import Arrival, Kind, Start, log_event
+from relora_ray.runtime.orders import Order
 
 PULSE_S = 1.0
 """A trainer says so often that it lives."""
-PAUSE_S = 60.0
-"""A resize that was announced and has not happened for so long is not waited for."""
+COLLECTIVE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""In an error of a collective: another rank is gone."""
 
 
-def train(connection: Connection, config: str, start: Start, device: str, stacks: str) -> None:
-    """What the process does: one attempt. `stacks`: a file for the stacks of all threads, written at SIGUSR1."""
+def train(connection: Connection, config: str, start: Start, device: str) -> None:
+    """What the process does: one attempt. Its agent sends two files first: one for the stacks of all threads, written
+    at SIGUSR1, and where the ranks meet if this is rank 0."""
     _die_with_parent()  # the server that it was forked from
-    faulthandler.register(signal.SIGUSR1, open(stacks, "w"), all_threads=True)  # noqa: SIM115
+    stacks, listener = reduction.recv_handle(connection), reduction.recv_handle(connection)
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     link = Link(connection)
     cfg = parse_config(config)
     torch.set_num_threads(cfg.cluster.cpus_per_worker)
     _forward_warnings(link, start.rank)
-    with _process_group(cfg, start, torch.device(device)) as world:
+    with _process_group(cfg, start, torch.device(device), listener) as world:
         supervisor = _Agent(link, start)
         try:
             run_attempt(
                 cfg,
                 world,
+                attempt=start.attempt,
                 on_record=supervisor.on_record,
-                committer=supervisor.commit,
+                committer=supervisor,
                 supervisor=supervisor,
                 cause=start.cause.text,
             )
         except BaseException as error:  # told before the group ends, which the others would report first
-            lasting = isinstance(error, ReloraError) and not error.restart_helps
-            link.call("failed", f"{type(error).__name__}: {error}", lasting)
+            link.call("failed", f"{type(error).__name__}: {error}", _kind(error))
             raise
     link.call("done")
 
 
+def _kind(error: BaseException) -> Kind:
+    if isinstance(error, RolledBackError):
+        return "rollback"
+    if isinstance(error, ReloraError):
+        return "" if error.restart_helps else "lasting"
+    follows = isinstance(error, RuntimeError) and any(mark in str(error) for mark in COLLECTIVE)
+    return "follows" if follows else ""
+
+
 @contextlib.contextmanager
-def _process_group(cfg: RunConfig, start: Start, device: torch.device) -> Any:
+def _process_group(cfg: RunConfig, start: Start, device: torch.device, listener: int) -> Any:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if start.size > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{start.host}:{start.port}",
+            store=meeting(start, listener, timeout := timedelta(seconds=cfg.cluster.collective_timeout_s)),
             rank=start.rank,
             world_size=start.size,
-            timeout=timedelta(seconds=cfg.cluster.collective_timeout_s),
+            timeout=timeout,
         )
     try:
         yield World.current(device)
     finally:
         if start.size > 1:
             dist.destroy_process_group()
+
+
+def meeting(start: Start, listener: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks of an attempt find each other: a store on the machine of rank 0, which took over its `listener`.
+    Their keys carry the attempt and its secret: who has only the address, left over from another attempt say, meets
+    nobody."""
+    store = dist.TCPStore(
+        start.host,
+        start.port,
+        is_master=start.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,  # anybody would count as one
+        master_listen_fd=listener if start.rank == 0 else None,
+    )
+    return dist.PrefixStore(f"{start.attempt}-{start.secret}", store)
 
 
 class Link:
@@ -93,8 +120,7 @@ class Link:
         self._sending = threading.Lock()
         self._numbers = itertools.count(1)
         self._answers: dict[int, Future[Any]] = {}
-        self.orders = Orders()
-        self.ordered = threading.Condition()
+        self.order = Order()
         for work in (self._listen, self._live):
             threading.Thread(target=work, daemon=True).start()
 
@@ -116,10 +142,8 @@ class Link:
                 number, value = self._connection.recv()
                 if number:
                     self._answers.pop(number).set_result(value)
-                    continue
-                with self.ordered:
-                    self.orders = value
-                    self.ordered.notify_all()
+                else:
+                    self.order = value
         except (EOFError, OSError):
             os._exit(1)  # without an agent there is nobody to train for
 
@@ -135,17 +159,17 @@ class _Agent:
 
     def __init__(self, link: Link, start: Start) -> None:
         self._link, self._start = link, start
-        self._saved_for = 0
-        """The order to save that was obeyed last."""
+        self._obeyed = 0
+        """The last wish that is fulfilled, or over."""
 
     def on_record(self, record: Record) -> None:
         self._link.tell("record" if self._start.rank == 0 else "progress", record)
 
     def commit(self, share: Share) -> Outcome:
-        # As bytes: the agent hands them on without knowing what a Share is.
-        outcome = pickle.loads(self._link.call("commit", pickle.dumps(share)))
-        assert isinstance(outcome, Outcome)
-        return outcome
+        return Outcome.model_validate_json(self._link.call("commit", share.model_dump_json()))
+
+    def roll_back(self, rollback: Rollback) -> Outcome:
+        return Outcome.model_validate_json(self._link.call("roll_back", rollback.model_dump_json()))
 
     def agree(self, when: str, step: int, digest: int) -> None:
         start = self._start
@@ -153,21 +177,16 @@ class _Agent:
             raise RanksDisagreeError(error)
 
     def save_wanted(self) -> bool:
-        return self._link.orders.save > self._saved_for
+        order = self._link.order
+        return order.what == "save" and order.wish > self._obeyed
 
-    def leaving(self) -> list[int]:
-        found: list[int] = self._link.call("leaving")
+    def begin_save(self, step: int) -> list[int]:
+        found: list[int] = self._link.call("begin_save", step)
         return found
 
     def pause(self, step: int, stored: bool) -> None:
         # One rank's word was enough for all to save: one that has not been told yet must not save once more.
-        orders: Orders = self._link.call("pause", step, stored)
-        self._saved_for = max(orders.save, self._link.orders.save)
-        if orders.go_on < self._saved_for:
-            with self._link.ordered:
-                told = self._link.ordered.wait_for(lambda: self._link.orders.go_on >= self._saved_for, PAUSE_S)
-            if not told:
-                self._link.call("resumed")
+        self._obeyed = max(self._obeyed, self._link.call("pause", step, stored))
 
 
 class _Forwarder(logging.Handler):

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relora_ray import metrics
+from relora_ray.checkpoint.history import FORK
 from relora_ray.config import RunConfig
-from relora_ray.runs import FORK
 from relora_ray.storage import Storage
 from relora_ray.sweep.space import WARM, Settings, Value
 
