@@ -34,7 +34,7 @@ from relora_ray.keyed import key
 from relora_ray.methods.lowrank import folded_state_dict, low_rank_layers
 from relora_ray.parallel import World
 from relora_ray.reference import read_reference
-from relora_ray.runs import claim, new_model
+from relora_ray.runs import check_run, new_model
 
 STUBS = ("bitsandbytes", "bitsandbytes.functional", "wandb", "loguru", "peft_pretraining.modeling_llama")
 RESETS = (
@@ -135,7 +135,7 @@ def _handed_masks(training_utils, optimizer, names, lora_params, seed, boundary)
 def our_run(cfg: RunConfig) -> tuple[list[float], dict[str, torch.Tensor], float]:
     losses: list[float] = []
     state = loop.run_attempt(
-        claim(cfg), World(), on_record=lambda r: losses.append(r["loss"]) if r["kind"] == "train" else None
+        check_run(cfg), World(), on_record=lambda r: losses.append(r["loss"]) if r["kind"] == "train" else None
     )
     largest = max(float(layer.lora_A.detach().abs().max()) for layer in low_rank_layers(state.model).values())
     return losses, folded_state_dict(state.model), largest

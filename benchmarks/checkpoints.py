@@ -127,7 +127,7 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
         storage.put(f"plain/{world.rank}", data)
         dist.barrier()
         plain.append(time.perf_counter() - began)
-    storage.delete(f"plain/{world.rank}")
+    storage.delete_below(f"plain/{world.rank}")
     checkpointer.close()
     method, fresh, fresh_optimizer = build(cfg)
     update(fresh, fresh_optimizer, 99)
