@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
 from relora_ray import checkpoints
-from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.checkpoint import list_manifests, ownership, read_manifest
+from relora_ray.checkpoint.manifest import Part, StoredObject
+from relora_ray.checkpoint.ownership import Life, claim
 from relora_ray.config import RunConfig
-from relora_ray.runs import claim, load_trained, read_config, run_storage
+from relora_ray.errors import CheckpointError, DamagedError, StorageError
+from relora_ray.export import export
+from relora_ray.fork import fork
+from relora_ray.runs import Setting, check_run, export_model, find_setting, load_trained, read_config, run_storage
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, Server
 from tests.tiny import losses, run, state_digest, tiny_config
@@ -77,8 +85,8 @@ def test_verify_finds_a_flipped_bit_and_names_the_object(cfg: RunConfig, cli) ->
     assert len(wrong) == 1
     assert path in wrong[0]
     assert cli("verify", storage.url, "--step", 9)[0] == 0
-    storage.put("manifests/step-00000004.json", b"{")
-    assert "step-00000004.json is not a readable manifest" in cli("verify", storage.url)[1]
+    storage.put(unreadable := read_manifest(storage, 4).path, b"{")
+    assert f"{unreadable} is not a readable manifest" in cli("verify", storage.url)[1]
 
 
 def test_prune_is_a_dry_run_unless_told(cfg: RunConfig, cli) -> None:
@@ -87,21 +95,113 @@ def test_prune_is_a_dry_run_unless_told(cfg: RunConfig, cli) -> None:
     before = storage.list()
     code, text = cli("prune", storage.url, "--keep-last", 2, "--keep-every-steps", 4)
     assert (code, storage.list()) == (0, before)
-    assert "would remove manifests/step-00000009.json" in text
+    assert f"would remove {read_manifest(storage, 6).path}" in text
     assert "nothing was changed" in text
     assert cli("prune", storage.url, "--keep-last", 2, "--keep-every-steps", 4, "--yes")[0] == 0
-    assert list_manifests(storage) == [0, 4, 8, 10, 12]
+    assert list_manifests(storage) == [0, 4, 8, 9, 10, 12]
     assert cli("verify", storage.url)[0] == 0
     assert load_trained(storage, 8).manifest.step == 8
 
 
-def test_prune_leaves_what_no_manifest_names(cfg: RunConfig, cli) -> None:
-    """A run that goes on may be writing it."""
+def test_prune_removes_what_attempts_before_it_left_behind(cfg: RunConfig, cli) -> None:
     run(cfg)
     storage = run_storage(cfg)
-    storage.put("delta/step-00000013-0001-ffffffff/r00000-p000.safetensors", b"under way")
+    left = "delta/step-00000013-0001.0001-ffffffff/r00000-p000.safetensors"
+    later = "delta/step-00000013-0009.0001-ffffffff/r00000-p000.safetensors"
+    storage.put(left, b"never committed")
+    storage.put(later, b"of an owner that came meanwhile")
     cli("prune", storage.url, "--keep-last", 1, "--yes")
-    assert storage.exists("delta/step-00000013-0001-ffffffff/r00000-p000.safetensors")
+    assert not storage.exists(left)
+    assert storage.exists(later)
+    assert list_manifests(storage) == [9, 12], "and those of the last two boundaries"
+    assert storage.list("removals") == []
+
+
+@pytest.mark.parametrize("command", [("prune", "--keep-last", 1, "--yes"), ("own",), ("delete", "--yes")])
+def test_run_that_is_being_trained_is_left_alone(
+    cfg: RunConfig, cli, monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...], data: Path
+) -> None:
+    fork_of_it = command[0] == "own"
+    run(cfg)
+    if fork_of_it:
+        cfg = tiny_config(data, Path(cfg.storage), "name=child")
+        fork(cfg, "tiny", 6)
+    storage = run_storage(cfg)
+    life = Life(storage, claim(storage).driver)
+    life.beat()
+    monkeypatch.setattr(ownership, "_machine", lambda: "another")
+    monkeypatch.setattr(ownership.clock, "sleep", lambda s: life.beat())
+    before = storage.list()
+    code, text = cli(command[0], storage.url, *command[1:])
+    assert code == 2
+    assert "RunBusyError" in text
+    assert storage.list() == before
+
+
+def test_checkpoint_that_is_removed_while_it_is_read_is_not_called_damaged(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's retention takes what is being read."""
+    run(cfg)
+    storage, original, keep_last, lock = run_storage(cfg), checkpoints.read_checked, {"delta": 0}, Lock()
+
+    def read_late(run: Storage, part: Part, stored: StoredObject) -> bytes:
+        with lock:
+            if part.folder.startswith(late) and keep_last["delta"]:
+                list(checkpoints.prune(storage, keep_last=keep_last.pop("delta"), keep_every_steps=0, dry_run=False))
+                keep_last["delta"] = 0
+        return original(run, part, stored)
+
+    monkeypatch.setattr(checkpoints, "read_checked", read_late)
+    late, keep_last["delta"] = "delta/step-00000004", 3
+    assert list(checkpoints.verify(storage, None)) == [(step, "") for step in (0, 2, 3, 9, 10, 12)]
+    late, keep_last["delta"] = "delta/step-00000010", 1
+    with pytest.raises(CheckpointError, match=r"has no checkpoint at step 10\. It has 9, 12") as caught:
+        checkpoints.copy(storage, Storage(str(tmp_path / "out")), 10)
+    assert not isinstance(caught.value, DamagedError)
+
+
+@pytest.mark.parametrize("where", ["manifest", "set-up"])
+def test_names_that_lead_out_of_the_run_are_refused(cfg: RunConfig, tmp_path: Path, cli, where: str) -> None:
+    run(cfg)
+    storage = run_storage(cfg)
+    manifest = json.loads(storage.get(path := read_manifest(storage, 12).path))
+    if where == "manifest":
+        manifest["delta"]["objects"][0]["path"] = "../x"
+    else:
+        (tmp_path / "tiny/x").write_bytes(b"spoilt")
+        entry = {"path": "tokenizer/../../../x", "size_bytes": 6, "sha256": sha256(b"spoilt").hexdigest()}
+        manifest["setup"]["objects"].append(entry)
+    storage.put(path, json.dumps(manifest).encode())
+    before = set(os.listdir(tmp_path))
+    code, text = cli("copy", storage.url, tmp_path / "out/copy", "--step", 12)
+    assert code in (1, 2)
+    assert ("is not a readable manifest" if where == "manifest" else "is no name of an object below") in text
+    if where == "set-up":
+        with pytest.raises(StorageError, match="is no name of an object below"):
+            export(storage, Storage(str(tmp_path / "out/model")))
+    assert set(os.listdir(tmp_path)) - before <= {"out"}
+    assert list_manifests(Storage(str(tmp_path / "out/copy"))) == []
+
+
+def test_tokenizer_names_of_an_earlier_version_are_checked_too(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what a listing says, and keys of an object store may hold dots."""
+    run(cfg)
+    storage, listing = run_storage(cfg), Storage.list
+    out = Storage(str(tmp_path / "out"))
+    setting = Setting(storage, "", None)
+    for name in ("config.yaml", "data.json"):
+        storage.put(name, find_setting(storage).get(name))
+    storage.put("x", b"spoilt")
+    monkeypatch.setattr(
+        Storage, "list", lambda self, p="", **o: ["tokenizer/../x"] if p == "tokenizer" else listing(self, p, **o)
+    )
+    trained = load_trained(storage)
+    with pytest.raises(StorageError, match="is no name of an object below"):
+        export_model(setting, trained.cfg, trained.method.dense_state_dict(trained.model), out)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("to", ["local", "s3"])
@@ -117,7 +217,7 @@ def test_copy_is_a_run_of_its_own(done: RunConfig, tmp_path: Path, moto: Server,
     assert list_manifests(out) == [8]
     assert read_config(out).name == name
     moved = done.model_copy(update={"storage": parent, "name": name, "storage_options": options})
-    state, after = run(claim(moved))
+    state, after = run(check_run(moved))
     whole, records = run(done.model_copy(update={"storage": str(tmp_path / "whole")}))
     assert state_digest(state) == state_digest(whole)
     assert losses(after) == {step: loss for step, loss in losses(records).items() if step > 8}
@@ -147,3 +247,4 @@ def test_what_cannot_be_done_is_refused(done: RunConfig, cli, args: list[str], e
     code, text = cli(*[run_storage(done).url if arg == "RUN" else arg for arg in args])
     assert code == 2
     assert expected in text
+    assert not Path("bad name").exists(), "nothing is written before all is known to fit"

@@ -153,7 +153,7 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     assert found == pytest.approx(losses(records), rel=1e-5)
     said = subprocess.run(how_it_is, capture_output=True, text=True, cwd=ROOT).stdout
     assert "run tiny: finished" in said
-    assert re.search(r"step      303 of 303\n  attempt   0002-\w+: 1 worker", said), said
+    assert re.search(r"step      303 of 303\n  attempt   0002\.0001-\w+: 1 worker", said), said
     assert re.search(r"goodput   \d+\.\d%: \d+ s of \d+ (s|min) went into steps that count", said), said
 
 

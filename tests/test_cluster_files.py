@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,21 @@ def filled(path: Path) -> str:
 
 def test_every_placeholder_is_explained_at_the_top() -> None:
     top = (CLUSTER / "README.md").read_text().split("\n## ")[1]
-    used = {name for path in CLUSTER.rglob("*.yaml") for name in re.findall(r"\$\{(\w+)\}", path.read_text())}
+    paths = [*CLUSTER.rglob("*.yaml"), *CLUSTER.rglob("*.json")]
+    used = {name for path in paths for name in re.findall(r"\$\{(\w+)\}", path.read_text())}
     assert used == set(VALUES)
     assert set(re.findall(r"^\| `(\w+)`", top, re.MULTILINE)) == used
+
+
+def test_readmes_fill_replaces_the_names_and_nothing_else() -> None:
+    (fill,) = re.findall(r"^fill\(\) .*", (CLUSTER / "README.md").read_text(), re.MULTILINE)
+    for path in (CLUSTER / "aws/cluster.yaml", CLUSTER / "aws/head-policy.json", CLUSTER / "kuberay/job.yaml"):
+        command = ["bash", "-c", f'{fill}\nfill < "$0"', path]
+        done = subprocess.run(command, env={"PATH": os.environ["PATH"], **VALUES}, capture_output=True, text=True)
+        assert done.stdout == filled(path), done.stderr
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "KeyError" in done.stderr
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
@@ -110,7 +124,10 @@ def test_ec2_knows_every_key_of_the_aws_file() -> None:
 def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """boto3, with moto in the place of AWS."""
     import boto3
+    from ray.autoscaler._private.aws.utils import client_cache, resource_cache
 
+    for cache in (client_cache, resource_cache):  # by region: another test's server is gone
+        cache.cache_clear()
     port = free_port()
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray/relora").mkdir(parents=True)
@@ -126,8 +143,8 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.wait()
 
 
-def test_ray_asks_ec2_for_the_machines_of_the_aws_file(aws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ray up` up to the point where it would connect by SSH: what it fills in, and the machines that it starts."""
+def bootstrapped(aws: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The AWS file as `ray up` completes it, in an account that has what README makes."""
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -136,23 +153,35 @@ def test_ray_asks_ec2_for_the_machines_of_the_aws_file(aws: Any, monkeypatch: py
     for name in ("relora-head", "relora-worker"):
         iam.create_instance_profile(InstanceProfileName=name)
     group = ec2.create_security_group(GroupName="relora", Description="relora")["GroupId"]
-    image = ec2.describe_images()["Images"][0]["ImageId"]
     monkeypatch.setitem(VALUES, "SECURITY_GROUP", group)
-    monkeypatch.setitem(VALUES, "AMI", image)
+    monkeypatch.setitem(VALUES, "AMI", ec2.describe_images()["Images"][0]["ImageId"])
     config = prepare_config(yaml.safe_load(filled(CLUSTER / "aws/cluster.yaml")))
     config = AWSNodeProvider.fillout_available_node_types_resources(config)
     validate_config(config)
-    kinds = bootstrap_aws(config)["available_node_types"]
+    return bootstrap_aws(config)
+
+
+def create_node(provider: Any, config: dict[str, Any], kind: str) -> list[str]:
+    tags = {
+        "ray-node-type": "head" if kind == "head" else "worker",
+        "ray-launch-config": "x",
+        "ray-node-name": kind,
+    }
+    return list(provider.create_node(copy.deepcopy(config["available_node_types"][kind]["node_config"]), tags, 1))
+
+
+def test_ray_asks_ec2_for_the_machines_of_the_aws_file(aws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray up` up to the point where it would connect by SSH: what it fills in, and the machines that it starts."""
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    ec2 = aws.client("ec2")
+    config = bootstrapped(aws, monkeypatch)
+    image, group, kinds = VALUES["AMI"], VALUES["SECURITY_GROUP"], config["available_node_types"]
     assert kinds["head"]["resources"] == {"CPU": 0}
     assert kinds["spot"]["resources"].items() >= {"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}.items()
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     for kind in ("head", "spot"):
-        tags = {
-            "ray-node-type": "head" if kind == "head" else "worker",
-            "ray-launch-config": "x",
-            "ray-node-name": kind,
-        }
-        provider.create_node(copy.deepcopy(kinds[kind]["node_config"]), tags, 1)
+        create_node(provider, config, kind)
     started = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
     found = {
         machine["InstanceType"]: (
@@ -170,6 +199,216 @@ def test_ray_asks_ec2_for_the_machines_of_the_aws_file(aws: Any, monkeypatch: py
     }
     disks = [(disk["Size"], disk["VolumeType"]) for disk in ec2.describe_volumes()["Volumes"]]
     assert disks == [(200, "gp3")] * 2
+
+
+Request = tuple[str, str, dict[str, str]]
+"""An action, the ARN of one resource, and the condition keys that AWS gives with it."""
+
+
+def requests_of(operation: str, params: dict[str, Any], tags: dict[str, dict[str, str]]) -> list[Request]:
+    """What EC2 asks IAM about a call: every one of these must be allowed. After AWS's list of actions, resources and
+    condition keys of EC2; `tags` are those of the machines that exist. A call that is not known here is a KeyError."""
+
+    def arn(kind: str, name: str, account: str = VALUES["AWS_ACCOUNT"]) -> str:
+        return f"arn:aws:ec2:{VALUES['AWS_REGION']}:{account}:{kind}/{name}"
+
+    def with_tags(where: str, pairs: dict[str, str]) -> dict[str, str]:
+        return {f"aws:{where}/{key}": value for key, value in pairs.items()}
+
+    if operation == "DescribeInstances":
+        return [("ec2:DescribeInstances", "*", {})]
+    if operation == "TerminateInstances":
+        return [
+            ("ec2:TerminateInstances", arn("instance", name), with_tags("ResourceTag", tags[name]))
+            for name in params["InstanceIds"]
+        ]
+    if operation == "CreateTags":
+        asked = with_tags("RequestTag", {tag["Key"]: tag["Value"] for tag in params["Tags"]})
+        return [
+            ("ec2:CreateTags", arn("instance", name), asked | with_tags("ResourceTag", tags[name]))
+            for name in params["Resources"]
+        ]
+    (spec,) = {"RunInstances": params}[operation]["TagSpecifications"]
+    assert spec["ResourceType"] == "instance"
+    asked = with_tags("RequestTag", {tag["Key"]: tag["Value"] for tag in spec["Tags"]})
+    others = [
+        arn("image", params["ImageId"], account=""),
+        arn("key-pair", params["KeyName"]),
+        arn("subnet", params["SubnetId"]),
+        arn("network-interface", "*"),
+        arn("volume", "*"),
+        *[arn("security-group", group) for group in params["SecurityGroupIds"]],
+    ]
+    if params.get("InstanceMarketOptions", {}).get("MarketType") == "spot":
+        others.append(arn("spot-instances-request", "*"))
+    role = params["IamInstanceProfile"]["Arn"].replace(":instance-profile/", ":role/")  # README gives both one name
+    tagging = [("ec2:CreateTags", arn("instance", "*"), asked | {"ec2:CreateAction": "RunInstances"})] if asked else []
+    return [
+        *tagging,
+        ("ec2:RunInstances", arn("instance", "*"), asked),
+        *[("ec2:RunInstances", other, {}) for other in others],
+        ("iam:PassRole", role, {"iam:PassedToService": "ec2.amazonaws.com"}),
+    ]
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def allows(policy: dict[str, Any], request: Request) -> bool:
+    """IAM's answer, for policies that only allow and have no operator but StringEquals."""
+    action, resource, context = request
+    for statement in policy["Statement"]:
+        assert statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"}
+        assert statement["Effect"] == "Allow"
+        conditions = statement.get("Condition", {"StringEquals": {}})
+        assert list(conditions) == ["StringEquals"]
+        if (
+            action in listed(statement["Action"])
+            and any(fnmatchcase(resource, pattern) for pattern in listed(statement["Resource"]))
+            and all(context.get(key) == value for key, value in conditions["StringEquals"].items())
+        ):
+            return True
+    return False
+
+
+def test_policy_of_the_aws_head_allows_what_ray_does_there_and_no_more(
+    aws: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls that Ray's provider makes on the head are recorded, and each is held against the policy."""
+    from botocore.client import BaseClient
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    config, ec2 = bootstrapped(aws, monkeypatch), aws.client("ec2")
+    policy = json.loads(filled(CLUSTER / "aws/head-policy.json"))
+    (foreign,) = ec2.run_instances(ImageId=VALUES["AMI"], MinCount=1, MaxCount=1)["Instances"]
+    made: list[tuple[str, dict[str, Any]]] = []
+    call = BaseClient._make_api_call
+
+    def record(client: Any, operation: str, params: dict[str, Any]) -> Any:
+        made.append((operation, params))
+        return call(client, operation, params)
+
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseClient, "_make_api_call", record)
+        ids = [name for kind in ("spot", "on_demand") for name in create_node(provider, config, kind)]
+        assert set(provider.non_terminated_nodes({})) == set(ids)
+        provider.set_node_tags(ids[0], {"ray-node-status": "up-to-date"})
+        provider.internal_ip(ids[0])
+        provider.terminate_node(ids[0])
+        provider.terminate_nodes(ids[1:])
+    tags: dict[str, dict[str, str]] = {foreign["InstanceId"]: {}, **{name: {} for name in ids}}
+    for tag in ec2.describe_tags()["Tags"]:
+        if tag["ResourceId"] in tags:
+            tags[tag["ResourceId"]][tag["Key"]] = tag["Value"]
+
+    asked = [request for operation, params in made for request in requests_of(operation, params, tags)]
+    assert [request for request in asked if not allows(policy, request)] == []
+    assert {action for statement in policy["Statement"] for action in listed(statement["Action"])} == {
+        action for action, _, _ in asked
+    }, "the policy has no action that is not used"
+    without = [statement for statement in policy["Statement"] if statement["Sid"] != "LaunchWith"]
+    assert any(not allows({"Statement": without}, request) for request in asked), "and what is missing would be seen"
+
+    launch = next(params for operation, params in made if operation == "RunInstances")
+    other_tag = {"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "another"}]}
+    head_profile = {"Arn": launch["IamInstanceProfile"]["Arn"].replace("relora-worker", "relora-head")}
+    for operation, params in (
+        ("TerminateInstances", {"InstanceIds": [foreign["InstanceId"]]}),
+        (
+            "CreateTags",
+            {"Resources": [foreign["InstanceId"]], "Tags": [{"Key": "ray-cluster-name", "Value": "relora"}]},
+        ),
+        ("RunInstances", launch | {"TagSpecifications": [other_tag]}),
+        ("RunInstances", launch | {"TagSpecifications": [other_tag | {"Tags": []}]}),
+        ("RunInstances", launch | {"SecurityGroupIds": ["sg-of-others"]}),
+        ("RunInstances", launch | {"IamInstanceProfile": head_profile}),
+    ):
+        assert not all(allows(policy, request) for request in requests_of(operation, params, tags)), (operation, params)
+
+
+def test_readme_gives_the_aws_head_this_policy_alone() -> None:
+    readme = (CLUSTER / "README.md").read_text()
+    assert "fill < cluster/aws/head-policy.json > head-policy.json" in readme
+    assert (
+        "put-role-policy --role-name relora-head --policy-name workers --policy-document file://head-policy.json"
+        in readme
+    )
+    assert set(re.findall(r"policy/(Amazon\w+)", readme)) == {"AmazonEC2ContainerRegistryReadOnly"}
+
+
+def test_only_members_and_ssh_from_one_address_reach_the_aws_machines() -> None:
+    rules = re.findall(r"authorize-security-group-ingress (.*)", (CLUSTER / "README.md").read_text())
+    assert [re.sub(r"\$\(curl -s \S+\)/32", "ADDRESS", rule) for rule in rules] == [
+        "--group-id $SECURITY_GROUP --protocol all --source-group $SECURITY_GROUP",
+        "--group-id $SECURITY_GROUP --protocol tcp --port 22 --cidr ADDRESS",
+    ]
+
+
+def test_s3_knows_the_lifecycle_rule() -> None:
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    found = re.search(r"--lifecycle-configuration \\\n\s*'(.*)'", (CLUSTER / "README.md").read_text())
+    assert found is not None
+    rules = json.loads(found[1])
+    model = botocore.session.get_session().get_service_model("s3")
+    shape = model.operation_model("PutBucketLifecycleConfiguration").input_shape
+    report = ParamValidator().validate({"Bucket": "b", "LifecycleConfiguration": rules}, shape)
+    assert not report.has_errors(), report.generate_report()
+    (rule,) = rules["Rules"]
+    assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
+    assert rule["Status"] == "Enabled"
+    assert rule.keys() == {"ID", "Status", "Filter", "AbortIncompleteMultipartUpload"}, "nothing else expires"
+
+
+def test_roles_of_the_google_head_hold_what_ray_calls() -> None:
+    """Read in Ray's source: googleapiclient is not among what the tests install."""
+    import ray
+
+    source = (Path(ray.__file__).parent / "autoscaler/_private/gcp/node.py").read_text()
+    compute = re.split(r"^class ", source, flags=re.MULTILINE)
+    (body,) = (part for part in compute if part.startswith("GCPCompute(GCPResource)"))
+    calls = {f"{kind}.{verb}" for kind, verb in re.findall(r"self\.resource\.(\w+)\(\)\s*\.(\w+)\(", body)}
+    assert len(calls) == 8, calls
+    calls -= {"instances.stop", "instances.start"}  # cache_stopped_nodes: false
+    config = yaml.safe_load(filled(CLUSTER / "gcp/cluster.yaml"))
+    assert config["provider"]["cache_stopped_nodes"] is False
+    needed = {f"compute.{call.replace('insert', 'create')}" for call in calls}
+    needed |= {  # of what an insert names: a disk, the subnet that Ray fills in with a public address, an account
+        "compute.disks.create", "compute.subnetworks.use", "compute.subnetworks.useExternalIp",
+        "compute.instances.setServiceAccount",
+    }  # fmt: skip
+    unscoped, scoped = (
+        yaml.safe_load((CLUSTER / "gcp" / name).read_text())["includedPermissions"]
+        for name in ("head-role.yaml", "head-own-role.yaml")
+    )
+    assert needed == {*unscoped, *scoped}
+    assert not {permission for permission in unscoped if re.search(r"delete|setLabels|setMetadata|stop", permission)}
+    readme = (CLUSTER / "README.md").read_text()
+    assert set(re.findall(r"roles/compute\.(\w+)", readme)) == {"imageUser"}
+    assert f"/instances/ray-{config['cluster_name']}-" in readme, (
+        "the names that Ray gives, see its _generate_node_name"
+    )
+
+
+def test_only_members_and_ssh_from_one_address_reach_the_google_machines() -> None:
+    text = (CLUSTER / "README.md").read_text().replace("\\\n", " ")
+    rules = {}
+    for name, options in re.findall(r"firewall-rules create (\S+) (.*)", text):
+        rules[name] = dict(re.findall(r"--([\w-]+)=(\S+)", options))
+    assert all(rule["target-service-accounts"] == "$members" for rule in rules.values())
+    assert all(rule["direction"] == "INGRESS" for rule in rules.values())
+    deny = rules.pop("relora-nobody-else")
+    assert (deny["action"], deny["rules"], deny["source-ranges"]) == ("DENY", "all", "0.0.0.0/0")
+    assert {name: (rule["action"], rule["rules"]) for name, rule in rules.items()} == {
+        "relora-members": ("ALLOW", "all"),
+        "relora-ssh": ("ALLOW", "tcp:22"),
+    }
+    assert rules["relora-members"]["source-service-accounts"] == "$members"
+    assert rules["relora-ssh"]["source-ranges"] == "$(curl"  # one address, asked for
+    assert all(int(rule["priority"]) < int(deny["priority"]) < 1000 for rule in rules.values()), "before the defaults"
 
 
 def strict(schema: Any) -> Any:
@@ -209,6 +448,62 @@ def test_kuberay_takes_the_manifest(file: str, crd: str) -> None:
     worker["containers"][0]["lifecycl"] = {}
     with pytest.raises(jsonschema.ValidationError, match="lifecycl"):
         jsonschema.validate(manifest, schema)
+
+
+def policies() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(filled(CLUSTER / "kuberay/network.yaml")))
+
+
+def test_kubernetes_knows_the_rules_of_the_network_policies() -> None:
+    """Against the copy of NetworkPolicy's ingress rules in KubeRay's CRD; Kubernetes's own schema is in no package."""
+    path = CRDS / "ray.io_rayclusters.yaml"
+    if not path.exists():
+        pytest.skip(f"KubeRay's CRDs are not in {CRDS}: set KUBERAY_CRDS to a folder with {path.name}")
+    versions = {v["name"]: v for v in yaml.safe_load(path.read_text())["spec"]["versions"]}
+    spec = versions["v1"]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    schema = strict(spec["networkPolicy"]["properties"]["head"]["properties"]["ingressRules"])
+    for policy in policies():
+        assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+        assert policy["spec"].keys() == {"podSelector", "policyTypes", "ingress"}
+        jsonschema.validate(policy["spec"]["ingress"], schema)
+    with pytest.raises(jsonschema.ValidationError, match="form"):
+        jsonschema.validate([{"form": []}], schema)
+
+
+def reached(target: dict[str, str], source: dict[str, str], port: int) -> bool:
+    """Whether a pod with labels `source` may connect to one with labels `target`, both in the policies' namespace."""
+
+    def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+        return selector["matchLabels"].items() <= labels.items()
+
+    chosen = [policy["spec"] for policy in policies() if selects(policy["spec"]["podSelector"], target)]
+    return not chosen or any(
+        any(selects(peer["podSelector"], source) for peer in rule["from"])
+        and ("ports" not in rule or port in [each["port"] for each in rule["ports"]])
+        for spec in chosen
+        for rule in spec["ingress"]
+    )
+
+
+@pytest.mark.parametrize("file", ["cluster.yaml", "job.yaml"])
+def test_pods_are_reached_by_each_other_and_the_dashboard_by_operator_and_submitter(file: str) -> None:
+    manifest = yaml.safe_load(filled(CLUSTER / "kuberay" / file))
+    cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    (workers,) = cluster["workerGroupSpecs"]
+    # As KubeRay completes the labels, and Kubernetes those of a job's pods.
+    head = {**cluster["headGroupSpec"]["template"]["metadata"]["labels"], "ray.io/node-type": "head"}
+    worker = {**workers["template"]["metadata"]["labels"], "ray.io/node-type": "worker"}
+    submitter = {"batch.kubernetes.io/job-name": manifest["metadata"]["name"]}
+    operator = {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/instance": "kuberay-operator"}
+    stranger = {"app": "shop"}
+    for target in (head, worker):
+        for port in (6379, 8265, 29500, 10002):
+            assert reached(target, head, port)
+            assert reached(target, worker, port)
+            assert not reached(target, stranger, port)
+            for other in (operator, submitter):
+                assert reached(target, other, port) == (target is head and port == 8265)
+    assert reached({"app": "shop"}, stranger, 80), "others are left alone"
 
 
 def test_both_kuberay_manifests_have_the_same_cluster() -> None:

@@ -19,7 +19,7 @@ from relora_ray.loop import TrainState, run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World
 from relora_ray.plan import Plan
-from relora_ray.runs import claim, run_storage
+from relora_ray.runs import check_run, run_storage
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
 
@@ -73,10 +73,10 @@ def scene_names(world_size: int) -> list[str]:
 
 def claim_scenes(cfg: RunConfig, world_size: int) -> None:
     for name in scene_names(world_size):
-        claim(renamed(cfg, name))
-    claim(by_device(cfg, f"mixed-{world_size}"))
+        check_run(renamed(cfg, name))
+    check_run(by_device(cfg, f"mixed-{world_size}"))
     for name in ("planned", "planned-broken"):
-        claim(planned(cfg, f"{name}-{world_size}"))
+        check_run(planned(cfg, f"{name}-{world_size}"))
 
 
 def scenes(cfg: RunConfig) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def one(cfg: RunConfig) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(cfg: RunConfig) -> list[dict[str, Any]]:
     for name in ("made-at-2-for-1", "made-at-2-for-3", "unwritable"):
-        claim(renamed(cfg, name))
+        check_run(renamed(cfg, name))
     claim_scenes(cfg, 2)
     return run_ranks(2, scenes_of_two, cfg)
 
@@ -191,14 +191,14 @@ def two(cfg: RunConfig) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def three(cfg: RunConfig, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in ("flip-weight", "flip-moment"):
-        claim(renamed(cfg, name))
+        check_run(renamed(cfg, name))
     claim_scenes(cfg, 3)
     return run_ranks(3, scenes_of_three, cfg)
 
 
 @pytest.fixture(scope="module")
 def four(cfg: RunConfig) -> list[dict[str, Any]]:
-    return run_ranks(4, attempt, claim(renamed(cfg, "whole-4")))
+    return run_ranks(4, attempt, check_run(renamed(cfg, "whole-4")))
 
 
 def assert_close(ours: dict[int, float], theirs: dict[int, float]) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_ray.checkpoint import list_manifests, read_manifest
-from relora_ray.checkpoints import copy, list_lines, prune, show_lines, verify
+from relora_ray.checkpoint import Rollback, list_manifests, read_manifest
+from relora_ray.checkpoint.commit import rollback_path
+from relora_ray.checkpoint.history import read_pins
+from relora_ray.checkpoint.ownership import claim
+from relora_ray.checkpoints import copy, delete, list_lines, own, prune, show_lines, verify
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError
 from relora_ray.fork import fork, warm_start_digest
@@ -103,16 +106,89 @@ def test_fork_at_a_merge_has_its_parents_function(data: Path, tmp_path: Path) ->
     run(third)
 
 
-def test_parent_keeps_what_was_forked(data: Path, tmp_path: Path) -> None:
-    parent = tiny_config(data, tmp_path, "name=parent", "train.stop_after_steps=6", "checkpoint.keep_last=1")
+KEEP = "checkpoint.keep_last=1"
+
+
+def forked(data: Path, folder: Path) -> tuple[Storage, RunConfig]:
+    """A parent that has gone on to its end since, and all but the last of its checkpoints removed; and its fork."""
+    run(tiny_config(data, folder, "name=parent", "train.stop_after_steps=6", KEEP))
+    child = tiny_config(data, folder, "name=child", KEEP)
+    fork(child, "parent", 6)
+    parent = tiny_config(data, folder, "name=parent", KEEP)
     run(parent)
-    fork(tiny_config(data, tmp_path, "name=child"), "parent", 6)
-    run(tiny_config(data, tmp_path, "name=parent", "checkpoint.keep_last=1"))
     list(prune(run_storage(parent), keep_last=1, keep_every_steps=0, dry_run=False))
-    assert list_manifests(run_storage(parent)) == [6, 12]
-    child = Storage(f"{tmp_path}/child")
-    assert [problem for _, problem in verify(child, None)] == [""]
-    run(tiny_config(data, tmp_path, "name=child"))
+    return run_storage(parent), child
+
+
+def test_parent_keeps_the_base_of_a_fork_and_no_more(data: Path, tmp_path: Path) -> None:
+    parent, child = forked(data, tmp_path)
+    assert list_manifests(parent) == [9, 12]
+    base = read_manifest(run_storage(child), 6).base
+    assert base is not None
+    pins = read_pins(parent)
+    assert [(pin.run, pin.folders, pin.manifests) for pin in pins.values()] == [("child", (base.folder,), ())]
+    assert [name[:13] for name in parent.folders("base")] == ["step-00000006", "step-00000009", "step-00000012"]
+    assert [name[:13] for name in parent.folders("delta")] == ["step-00000009", "step-00000012"]
+    assert [problem for _, problem in verify(run_storage(child), None)] == [""]
+    run(child)
+    assert read_pins(parent) == {}, "no checkpoint of the fork needs it any more"
+    list(prune(parent, keep_last=1, keep_every_steps=0, dry_run=False))
+    assert [name[:13] for name in parent.folders("base")] == ["step-00000009", "step-00000012"]
+
+
+def test_forks_base_outlives_the_parents_rollback(data: Path, tmp_path: Path) -> None:
+    """The fork is of a checkpoint that the parent gives up: it went back to before."""
+    parent, child = (tiny_config(data, tmp_path, f"name={name}") for name in ("parent", "child"))
+    run(tiny_config(data, tmp_path, "name=parent", "train.stop_after_steps=9"))
+    fork(child, "parent", 9)
+    storage = run_storage(parent)
+    who = claim(storage).attempt(1)
+    back = Rollback(number=1, to_step=6, skip_from=6, skip_until=8, why="", unix_time=0, attempt=who)
+    storage.put(rollback_path(back), back.model_dump_json().encode())
+    run(tiny_config(data, tmp_path, "name=parent", KEEP))
+    list(prune(storage, keep_last=1, keep_every_steps=0, dry_run=False))
+    assert list_manifests(storage) == [9, 12]
+    assert read_manifest(storage, 12).counters.rollbacks == 1
+    assert [problem for _, problem in verify(run_storage(child), None)] == [""]
+    run(child)
+
+
+def test_parent_is_not_deleted_while_a_fork_needs_it(data: Path, tmp_path: Path) -> None:
+    parent, child = forked(data, tmp_path)
+    before = parent.list()
+    with pytest.raises(ConfigError, match=r"parent is needed by child: forked from it.*checkpoints own RUN"):
+        delete(parent)
+    assert parent.list() == before
+    assert "has a base of its own after step 6" in own(run_storage(child))
+    assert own(run_storage(child)).endswith("needs nothing of other runs.")
+    delete(parent)
+    assert parent.list() == []
+    assert [problem for _, problem in verify(run_storage(child), None)] == [""]
+    _, records = run(child)
+    _, expected = run(tiny_config(data, tmp_path, "name=whole"))
+    assert losses(records) == {step: loss for step, loss in losses(expected).items() if step > 6}
+
+
+@pytest.mark.parametrize("pin_is_left", [False, True])
+def test_parent_is_deleted_once_the_fork_has_a_base_of_its_own(data: Path, tmp_path: Path, pin_is_left: bool) -> None:
+    """Also if the fork ended between the two: nothing that it goes on from is the parent's."""
+    parent, child = forked(data, tmp_path)
+    pins = {path: parent.get(path) for path in parent.list("pins")}
+    run(child)
+    for path, record in pins.items() if pin_is_left else ():
+        parent.put(path, record)
+    delete(parent)
+    assert parent.list() == []
+    assert [problem for _, problem in verify(run_storage(child), None)] == ["", ""]
+
+
+def test_fork_that_is_deleted_lets_go(data: Path, tmp_path: Path) -> None:
+    parent, child = forked(data, tmp_path)
+    delete(run_storage(child))
+    assert run_storage(child).list() == []
+    assert read_pins(parent) == {}
+    delete(parent, dry_run=True)
+    assert parent.list()
 
 
 def test_commands_know_forks(data: Path, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "relora_ray"
 
 RANKS = {
-    "errors": 0, "masking": 0, "keyed": 0, "sizes": 0, "plan": 0,
+    "errors": 0, "clock": 0, "masking": 0, "location": 0, "keyed": 0, "sizes": 0, "plan": 0,
     "config": 1, "storage": 1, "data.order": 1,
-    "schedule": 2, "config_file": 2, "plots": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2, "metrics": 2,
+    "schedule": 2, "config_file": 2, "plots": 2, "model": 2, "optim": 2, "reference": 2, "parallel": 2,
     "token_loss": 2,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
-    "runs": 4, "rollback": 4, "loop": 5, "fork": 6, "sweep": 5,
+    "runs": 4, "divergence": 4, "rollback": 4, "metrics": 4, "tally": 5, "loop": 5, "fork": 6, "sweep": 5,
     "runtime": 7,
     "ablations": 8, "spectrum": 8, "conformance": 8,
     "progress": 8, "launch": 8, "report": 8, "status": 8, "export": 8, "checkpoints": 8,
@@ -79,6 +79,26 @@ def test_module_imports_lower_ranks_only(name: str, path: Path) -> None:
             assert mine == "plots"
         if top in ("fsspec", "s3fs"):
             assert mine in ("storage", "data.documents")
+
+
+UNPICKLING = {
+    "all_gather_object", "broadcast_object_list", "gather_object", "recv_object_list", "scatter_object_list",
+    "send_object_list",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
+def test_nothing_is_unpickled_from_the_network(name: str, path: Path) -> None:
+    """What other ranks say travels as JSON and as tensors: whoever can connect must not run code here."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    named |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    named |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not named & UNPICKLING
+    loads = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func).endswith("dcp.load")]
+    for call in loads:
+        alone = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get("no_dist")
+        assert alone == "True", "torch has ranks exchange pickled plans"
 
 
 def test_core_trains_with_ray_not_installed(data: Path, tmp_path: Path) -> None:

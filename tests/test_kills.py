@@ -25,12 +25,12 @@ import torch.distributed as dist
 
 from cluster.daemons import free_port
 from relora_ray.checkpoint import checkpointer, list_manifests, read_manifest
-from relora_ray.checkpoints import verify
+from relora_ray.checkpoints import prune, verify
 from relora_ray.config import RunConfig
 from relora_ray.loop import run_attempt
 from relora_ray.metrics import Record
 from relora_ray.parallel import World
-from relora_ray.runs import claim, run_storage
+from relora_ray.runs import check_run, run_storage
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, FaultyProxy, Server
 from tests.tiny import tiny_config
@@ -40,6 +40,7 @@ Point = tuple[str, int]
 
 PHASES = {
     "train": 6, "copy": 4, "base": 6, "delta": 8, "before commit": 4, "after commit": 4, "prune": 6, "acknowledged": 4,
+    "terms": 1, "removals": 4,
 }  # fmt: skip
 """With the number of times to choose from."""
 STEPS = 39
@@ -84,7 +85,7 @@ def _announce_phases(reach: Callable[[str], None]) -> None:
 
     def announced_put_new(self: Storage, path: str, data: bytes) -> None:
         is_manifest = path.startswith("manifests/")
-        reach("before commit" if is_manifest else "")
+        reach("before commit" if is_manifest else path.partition("/")[0])
         put_new(self, path, data)
         reach("after commit" if is_manifest else "")
 
@@ -131,7 +132,7 @@ def run_on_s3(data: Path, server: Callable[[str], Server]) -> Callable[..., RunC
         options = server(kind).options | ({"endpoint_url": endpoint} if endpoint else {})
         keep = [f"steps={STEPS}", "checkpoint.save_async=true", "checkpoint.keep_last=2", "storage_retry_s=30"]
         cfg = tiny_config(data, storage, *keep, *overrides, f"storage_options={json.dumps(options)}")
-        return claim(cfg.model_copy(update={"storage": f"s3://{storage}"}))
+        return check_run(cfg.model_copy(update={"storage": f"s3://{storage}"}))
 
     return make
 
@@ -140,7 +141,7 @@ def run_on_s3(data: Path, server: Callable[[str], Server]) -> Callable[..., RunC
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Losses by step, of one process."""
     folder = tmp_path_factory.mktemp("whole")
-    assert one_life(claim(tiny_config(data, folder, f"steps={STEPS}")), folder / "log.jsonl", 1)
+    assert one_life(check_run(tiny_config(data, folder, f"steps={STEPS}")), folder / "log.jsonl", 1)
     return {record["step"]: record["loss"] for record in records_of(folder / "log.jsonl", "train")}
 
 
@@ -172,6 +173,7 @@ def killed_again_and_again(make: Callable[..., RunConfig], tmp_path: Path, *, se
             assert record["loss"] == expected[record["step"]], (number, record["step"])
         assert {record["step"] for record in records_of(log, "train")} == set(expected)
         assert list_manifests(storage)[-1] == STEPS
+        list(prune(storage, keep_last=2, keep_every_steps=0, dry_run=False))  # what was written down last
         named = {part.folder for step in list_manifests(storage) for part in read_manifest(storage, step).parts}
         stored = {"/".join(p.split("/")[:2]) for kind in ("base", "delta") for p in storage.list(kind)}
         assert stored == named, "what crashes left behind is removed"

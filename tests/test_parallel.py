@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+from relora_ray.conformance.processes import run_ranks
+from relora_ray.errors import DamagedError, SupersededError
 from relora_ray.keyed import key
-from relora_ray.parallel import World, digest
+from relora_ray.parallel import World, broadcast_bytes, digest, gather_bytes
+from relora_ray.storage import Storage
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
@@ -41,6 +47,56 @@ def test_world_of_one_needs_no_group() -> None:
     world.assert_same(3, "anything")
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, warm_up=lambda m: m.weight.sum()) is model
+
+
+def fail(error: Exception) -> Any:
+    raise error
+
+
+def outcome(action: Callable[[], Any]) -> tuple[str, str, bool | None, bool | None]:
+    """How an action ends on this rank."""
+    try:
+        return "fine", str(action()), None, None
+    except Exception as error:
+        marks = [getattr(error, name, None) for name in ("missing", "restart_helps")]
+        return type(error).__name__, str(error), *marks
+
+
+def scenes_of_errors(folder: str) -> dict[str, Any]:
+    world, cpu = World.current(), torch.device("cpu")
+    superseded = SupersededError("another has it")
+    return {
+        "missing": outcome(lambda: world.on_first(lambda: Storage(folder).get("nowhere"))),
+        "ours": outcome(lambda: world.on_first(lambda: fail(superseded))),
+        "bug": outcome(lambda: world.on_first(lambda: fail(KeyError("x")))),
+        "result": outcome(lambda: world.on_first(lambda: {"rank": world.rank, "paths": ["a", "b"]})),
+        "on rank 1": outcome(lambda: world.on_all(lambda: world.rank < 1 or fail(DamagedError("its bytes are gone")))),
+        "bug on rank 1": outcome(lambda: world.on_all(lambda: world.rank < 1 or fail(ValueError("y")))),
+        "both": outcome(lambda: world.on_all(lambda: fail(DamagedError(f"of {world.rank}")))),
+        "own result": outcome(lambda: world.on_all(lambda: world.rank)),
+        "broadcast": world.broadcast({"a": [1, None, 2.5, "b"]} if world.is_first else None),
+        "bytes": broadcast_bytes(b"\x00\xff" if world.is_first else b"", world.is_first, cpu),
+        "empty": broadcast_bytes(b"", world.is_first, cpu),
+        "gathered": gather_bytes(bytes([7]) * 3 * world.rank, world.size, cpu),
+    }
+
+
+def test_errors_keep_their_class_on_every_rank(tmp_path: Any) -> None:
+    """Real gloo. What one rank meets, all hear of alike: the loop falls back on DamagedError, and on nothing else."""
+    first, second = run_ranks(2, scenes_of_errors, str(tmp_path))
+    for rank in (first, second):
+        assert rank["missing"][0] == "StorageError"
+        assert rank["missing"][2:] == (True, True)
+        assert rank["ours"] == ("SupersededError", "another has it", None, False)
+        assert rank["bug"][:2] == ("RuntimeError", "rank 0: KeyError: 'x'")
+        assert rank["result"][:2] == ("fine", "{'rank': 0, 'paths': ['a', 'b']}")
+        assert rank["on rank 1"][:2] == ("DamagedError", "rank 1: its bytes are gone")
+        assert rank["bug on rank 1"][:2] == ("RuntimeError", "rank 1: ValueError: y")
+        assert rank["both"][:2] == ("DamagedError", "rank 0: of 0")
+        assert rank["broadcast"] == {"a": [1, None, 2.5, "b"]}
+        assert (rank["bytes"], rank["empty"]) == (b"\x00\xff", b"")
+        assert rank["gathered"] == [b"", b"\x07\x07\x07"]
+    assert [rank["own result"][1] for rank in (first, second)] == ["0", "1"]
 
 
 def test_keys_are_pinned_and_distinct() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import transformers
 
-from relora_ray.checkpoint import list_manifests
+from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.checkpoints import verify
 from relora_ray.config import RunConfig
 from relora_ray.data.tokens import cache_folder
 from relora_ray.errors import ConfigError, DataError
 from relora_ray.export import export
-from relora_ray.metrics import read
+from relora_ray.metrics import Record, read
 from relora_ray.report import summary
 from relora_ray.runs import data_storage, run_storage
 from relora_ray.storage import Storage
@@ -104,6 +104,85 @@ def test_run_is_the_same_while_every_fifth_request_fails(
     assert [wrong for _, wrong in verify(run_storage(there), None) if wrong] == []
 
 
+@pytest.fixture
+def stopped(remote: Callable[..., RunConfig], proxy: FaultyProxy) -> tuple[RunConfig, Storage]:
+    """A run with a checkpoint at step 9, and its folder, asked directly."""
+    cfg = remote(proxy.endpoint, "storage_retry_s=3", "checkpoint.save_async=false")
+    with pytest.raises(Crash):
+        run(cfg, crash_at(10, "train"))
+    direct = Storage(f"{cfg.storage}/{cfg.name}", storage_options(proxy.target))
+    assert list_manifests(direct)[-1] == 9
+    return cfg, direct
+
+
+def test_one_missing_answer_to_every_question_while_resuming_loses_nothing(
+    stopped: tuple[RunConfig, Storage], proxy: FaultyProxy, cfg: RunConfig
+) -> None:
+    """As behind a gateway that fails over: every first GET, of an object or a listing, says that there is none."""
+    there, direct = stopped
+    before, asked, found = set(direct.list()), set(), []
+
+    def deny_once(method: str, path: str) -> None:
+        if method == "GET" and there.name in path and path not in asked and not found:
+            asked.add(path)
+            proxy.add("404", method, path)
+
+    def on_record(record: Record) -> None:
+        if record["kind"] == "attempt":
+            found.append(record["step"])
+            assert before <= set(direct.list()), "nothing is deleted"
+
+    proxy.on_request = deny_once
+    state, after = run(there, on_record)
+    assert {"manifests", "delta", "base", "setup"} <= {
+        kind for path in asked for kind in ("manifests", "delta", "base", "setup") if f"/{there.name}/{kind}/" in path
+    }
+    assert any("list-type" in path for path in asked)
+    assert found == [9]
+    whole, records = run(cfg)
+    assert losses(after) == {step: loss for step, loss in losses(records).items() if step > 9}
+    assert state_digest(state) == state_digest(whole)
+
+
+@pytest.mark.parametrize("kind", ["delta", "base", "manifests"])
+def test_checkpoint_that_stays_missing_is_passed_over_and_left(
+    stopped: tuple[RunConfig, Storage], proxy: FaultyProxy, kind: str
+) -> None:
+    there, direct = stopped
+    newest, before = read_manifest(direct, 9), set(direct.list())
+    assert newest.base is not None
+    denied = {"delta": newest.delta.folder, "base": newest.base.folder, "manifests": newest.path}[kind]
+    fault = proxy.add("404", "GET", f"{there.name}/{denied}", times=float("inf"))
+
+    def on_record(record: Record) -> None:
+        if record["kind"] == "attempt":
+            assert record["step"] == 8
+            assert before <= set(direct.list())
+        if record["kind"] == "train":
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(there, on_record)
+    assert fault.seen > 1
+    proxy.faults.remove(fault)
+    state, after = run(there)
+    assert [r["step"] for r in after if r["kind"] == "attempt"] == [9], "it is there after all"
+    assert state.position.step == 12
+    assert [wrong for _, wrong in verify(direct, None) if wrong] == []
+
+
+def test_checkpoint_that_stays_missing_goes_with_later_commits(
+    stopped: tuple[RunConfig, Storage], proxy: FaultyProxy
+) -> None:
+    there, direct = stopped
+    newest = read_manifest(direct, 9)
+    proxy.add("404", "GET", f"{there.name}/{newest.delta.folder}", times=float("inf"))
+    run(there)
+    assert newest.path not in direct.list("manifests")
+    assert direct.list(newest.delta.folder) == []
+    assert [wrong for _, wrong in verify(direct, None) if wrong] == []
+
+
 def test_remote_shards_are_copied_once_and_checked(
     remote: Callable[..., RunConfig], proxy: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -117,7 +196,7 @@ def test_remote_shards_are_copied_once_and_checked(
     storage = data_storage(there)
     path = next(path for path in storage.list() if path.startswith("train-"))
     storage.put(path, storage.get(path)[:-1] + b"\xff")
-    Storage(cache_folder()).delete("shards")
+    Storage(cache_folder()).delete_below("shards")
     with pytest.raises(DataError, match=r"train-.* is damaged: its SHA-256 is not the index's"):
         run(there.model_copy(update={"name": "damaged"}))
 

@@ -50,9 +50,53 @@ def test_put_get_list_delete(storage: Storage) -> None:
     assert storage.list("nothing") == []
     assert (storage.get("a/one"), storage.size("a/one"), storage.size("c")) == (b"111", 3, 0)
     assert storage.size("nowhere") is None
-    storage.delete("a")
-    storage.delete("a")
-    assert storage.list() == ["c"]
+    assert storage.folders("") == ["a", "c"]
+    assert storage.folders("a") == ["b", "one"]
+    assert storage.folders("nothing") == []
+    storage.delete("c")
+    storage.delete("c")
+    assert storage.list() == ["a/b/two", "a/one"]
+    storage.delete_below("a/b")
+    storage.delete_below("a/b")
+    assert storage.list() == ["a/one"]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a[!b]"])
+def test_names_are_taken_letter_by_letter(storage: Storage, name: str) -> None:
+    """In a folder whose name would match its neighbours', nothing but its own is read or removed."""
+    here = Storage(f"{storage.url}/{name}", storage._options, retry_s=1)
+    for neighbour in ("a1", "ab", "a"):
+        storage.put(f"{neighbour}/x/y", b"a neighbour's")
+        storage.put(f"{neighbour}/y", b"a neighbour's")
+    assert (here.list(), here.folders(""), here.exists("y")) == ([], [], False)
+    with pytest.raises(StorageError):
+        here.get("y")
+    for path in ("x/y", "y", "x[1]/y", "x1/y"):
+        here.put(path, b"mine")
+    here.delete_below("x[1]")
+    assert here.list() == ["x/y", "x1/y", "y"]
+    here.delete("y")
+    here.delete_below("x")
+    assert here.list() == ["x1/y"]
+    assert len(storage.list()) == 7
+    assert {storage.get(f"{neighbour}/x/y") for neighbour in ("a1", "ab", "a")} == {b"a neighbour's"}
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "a/..", ".", "/x", "a//x", "a/", "a\\x", "a\nx"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, path: str) -> None:
+    storage = Storage(str(tmp_path / "here"))
+    (tmp_path / "x").write_bytes(b"outside")
+    for action in (storage.get, storage.delete, storage.delete_below, storage.exists, lambda p: storage.put(p, b"")):
+        with pytest.raises(StorageError, match="is no name of an object below"):
+            action(path)
+    assert (tmp_path / "x").read_bytes() == b"outside"
+
+
+def test_object_that_is_larger_than_it_may_be_is_not_read(storage: Storage) -> None:
+    storage.put("x", b"12345")
+    assert storage.get("x", at_most=5) == storage.get_expected("x", at_most=9) == b"12345"
+    with pytest.raises(StorageError, match="/x has more than 4 bytes, the most that a record of its kind may have"):
+        storage.get("x", at_most=4)
 
 
 def test_child_is_a_prefix(storage: Storage) -> None:
@@ -68,8 +112,12 @@ def test_missing_object_is_named(storage: Storage) -> None:
     assert caught.value.missing
 
 
-def test_put_new_refuses_a_second_time(storage: Storage) -> None:
+def test_put_new_refuses_a_second_time(storage: Storage, request: pytest.FixtureRequest) -> None:
     storage.put_new("once", b"first")
+    if "rclone" in request.node.name:
+        storage.put_new("once", b"second")
+        assert storage.get("once") == b"second", "it ignores If-None-Match"
+        return
     with pytest.raises(FileExistsError, match="once exists already"):
         storage.put_new("once", b"second")
     assert storage.get("once") == b"first"
@@ -80,6 +128,86 @@ def test_probe_tells_whether_two_writers_can_be_told_apart(storage: Storage, req
     """rclone is known to ignore If-None-Match; memory:// to check it."""
     assert storage.honours_put_new() is ("rclone" not in request.node.name)
     assert storage.list() == []
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_put_new_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """As on a bucket that is mounted as a folder: an exclusive open takes the link's place, which is said once."""
+
+    def refuse(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    for number in range(3):
+        storage.put_new(f"once-{number}", b"first")
+        with pytest.raises(FileExistsError, match=f"once-{number} exists already"):
+            storage.put_new(f"once-{number}", b"second")
+        assert storage.get(f"once-{number}") == b"first"
+    assert storage.list(unfinished=True) == ["once-0", "once-1", "once-2"]
+    assert caplog.text.count("has no hard links") == 1
+    assert storage.honours_put_new()
+
+
+def test_missing_object_that_is_expected_is_asked_for_again(proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint)
+    storage.put("x", b"1")
+    fault = proxy.add("404", "GET", "/x", times=2)
+    assert storage.get_expected("x") == b"1"
+    assert fault.seen == 2
+    proxy.add("404", "GET", "/x", times=1)
+    with pytest.raises(StorageError) as caught:
+        storage.get("x")
+    assert caught.value.missing
+    hasty = Storage(storage.url, storage_options(proxy.endpoint), retry_s=0.5)
+    with pytest.raises(StorageError, match=r"\(\d+ tries in \d s\)") as caught:
+        hasty.get_expected("nowhere")
+    assert caught.value.missing
+
+
+def test_listing_that_is_denied_is_not_an_empty_folder(proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint)
+    storage.put("manifests/x", b"1")
+    fault = proxy.add("404", "GET", "list-type", times=2)
+    assert storage.list("manifests") == ["manifests/x"]
+    assert fault.seen == 2
+    proxy.add("404", "GET", "list-type", times=math.inf)
+    with pytest.raises(StorageError, match=r"cannot list .*\(\d+ tries in \d s\)"):
+        storage.list("manifests")
+
+
+def test_missing_object_on_a_disk_is_waited_for_only_if_it_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of a network file system may have cached that it is not there."""
+    storage, original, opened = Storage(str(tmp_path)), open, []
+
+    def stale(path: str, *args: object, **kwargs: object) -> object:
+        opened.append(path)
+        if len(opened) == 1:
+            raise FileNotFoundError(errno.ENOENT, "stale", path)
+        return original(path, *args, **kwargs)  # type: ignore[call-overload]
+
+    storage.put("a/x", b"1")
+    monkeypatch.setattr("builtins.open", stale)
+    assert storage.get_expected("a/x") == b"1"
+    assert len(opened) == 2
+    began = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        storage.get_expected("a/nowhere")
+    assert caught.value.missing
+    assert time.monotonic() - began < 30, "the default is to try for a minute"
+
+
+def test_folders_are_not_listed_through(proxy: FaultyProxy) -> None:
+    storage = s3_storage(proxy.endpoint)
+    for number in range(3):
+        storage.put(f"delta/{number}/x", b"")
+    before = len(proxy.log)
+    assert storage.folders("delta") == ["0", "1", "2"]
+    assert all("delimiter" in path for method, path in proxy.log[before:] if method == "GET")
 
 
 def test_large_object_goes_in_pieces(storage: Storage) -> None:
@@ -277,14 +405,13 @@ def test_server_that_takes_no_body_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_delete_that_does_nothing_is_an_error(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3fs does not look at the errors that a bulk delete answers."""
     storage = s3_storage(moto.endpoint)
     storage.put("a/x", b"1")
     with monkeypatch.context() as patch:
-        patch.setattr(storage._fs, "rm", lambda *args, **kwargs: None)
-        with pytest.raises(StorageError, match=r"cannot delete .*deleting is not allowed"):
-            storage.delete("a")
-    storage.delete("a")
+        patch.setattr(storage._fs, "rm_file", lambda *args, **kwargs: None)
+        with pytest.raises(StorageError, match=r"/a/x is still there after it was deleted"):
+            storage.delete_below("a")
+    storage.delete_below("a")
     assert storage.list() == []
 
 

@@ -16,7 +16,7 @@ from relora_ray.conformance.ours import Crash, state_tensors
 from relora_ray.loop import TrainState, run_attempt
 from relora_ray.metrics import Record, read
 from relora_ray.parallel import World, digest
-from relora_ray.runs import claim, run_storage
+from relora_ray.runs import check_run, run_storage
 
 TINY = """
 name: tiny
@@ -59,7 +59,7 @@ def run(cfg: RunConfig, on_record: Callable[[Record], None] | None = None) -> tu
         if on_record is not None:
             on_record(record)
 
-    return run_attempt(claim(cfg), World(), on_record=collect), records
+    return run_attempt(check_run(cfg), World(), on_record=collect), records
 
 
 def losses(records: list[Record]) -> dict[int, float]:

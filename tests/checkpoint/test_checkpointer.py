@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.checkpoint import layout, list_manifests, read_manifest
 from relora_ray.checkpoint import parts as parts_module
+from relora_ray.checkpoint.ownership import Term, new_driver
 from relora_ray.checkpoint.parts import read_index
+from relora_ray.checkpoints import prune, verify
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DataError, NotSavedError, StorageError
 from relora_ray.export import export
 from relora_ray.loop import run_attempt
 from relora_ray.parallel import World
-from relora_ray.runs import load_trained, run_storage
+from relora_ray.runs import find_setting, load_trained, run_storage
 from relora_ray.storage import Storage
 from tests.test_storage import small_disk  # noqa: F401
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
@@ -41,6 +44,19 @@ def part_files(cfg: RunConfig, step: int, kind: str) -> list[Path]:
     return [Path(run_storage(cfg).url, part.folder, o.path) for o in part.objects]
 
 
+def manifest_path(cfg: RunConfig, step: int) -> Path:
+    return Path(run_storage(cfg).url, read_manifest(run_storage(cfg), step).path)
+
+
+def steps_of(storage: Storage, kind: str) -> list[int]:
+    """Of the folders of all parts of a kind."""
+    return sorted(int(name.split("-")[1]) for name in storage.folders(kind))
+
+
+def new_term() -> Term:
+    return Term(1, new_driver())
+
+
 def flip_bit(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 4
@@ -58,42 +74,44 @@ def test_damaged_checkpoint_is_passed_over_and_named(
     interrupted: RunConfig, harm, kind: str, file: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, records = run(interrupted.model_copy(update={"name": "whole"}))
-    harm(part_files(interrupted, 9, kind)[file])
+    storage, damaged = run_storage(interrupted), read_manifest(run_storage(interrupted), 9)
+    harm(spoilt := part_files(interrupted, 9, kind)[file])
     with caplog.at_level(logging.WARNING):
         state, after = run(interrupted)
     assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
-    assert "the checkpoint at step 9 is set aside" in caplog.text
-    assert part_files(interrupted, 9, kind)[file].name in caplog.text
+    assert f"{damaged.path} is passed over, and the run goes on from step 8: " in caplog.text
+    assert spoilt.name in caplog.text
     assert state_digest(state) == state_digest(whole)
     assert losses(after) == {s: v for s, v in losses(records).items() if s > 8}
-    storage = run_storage(interrupted)
-    assert len([p for p in storage.list("set-aside") if p.endswith("step-00000009.json")]) == 1
-    assert read_manifest(storage, 9).attempt.startswith("0002")
+    assert read_manifest(storage, 9).attempt.startswith("0002.0001-")
+    assert damaged.path not in storage.list("manifests"), "what is off the line goes with a later commit"
+    assert [problem for _, problem in verify(storage, None) if problem] == []
 
 
 def test_unreadable_manifest_is_passed_over(interrupted: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
-    path = Path(run_storage(interrupted).url, "manifests/step-00000009.json")
+    path = manifest_path(interrupted, 9)
     path.write_text(path.read_text()[:50])
     with caplog.at_level(logging.WARNING):
         _, after = run(interrupted)
     assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
-    assert "step-00000009.json is not a readable manifest" in caplog.text
+    assert f"{path.name} is not a readable manifest" in caplog.text
 
 
 def test_only_unreadable_manifests_are_an_error_and_not_a_new_start(interrupted: RunConfig) -> None:
     storage = run_storage(interrupted)
-    for step in list_manifests(storage):
-        storage.put(f"manifests/step-{step:08d}.json", b"")
+    for path in storage.list("manifests"):
+        storage.put(path, b"")
     before = storage.list()
     with pytest.raises(
         CheckpointError, match=r"none of the 7 checkpoints is whole; the newest: .*not a readable manifest"
     ):
         run(interrupted)
-    assert [p for p in storage.list() if not p.startswith("attempts/")] == [p for p in before if p[:9] != "attempts/"]
+    assert set(storage.list()) - set(before) == {"terms/0002.json"}
+    assert set(before) <= set(storage.list())
 
 
 def test_older_unreadable_manifest_does_no_harm(interrupted: RunConfig) -> None:
-    run_storage(interrupted).put("manifests/step-00000004.json", b"{")
+    manifest_path(interrupted, 4).write_text("{")
     state, after = run(interrupted)
     assert next(r["step"] for r in after if r["kind"] == "attempt") == 9
     assert state.position.step == 12
@@ -141,7 +159,7 @@ def test_metrics_and_pruning_that_fail_do_not_end_the_run(
     state, _ = run(cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"keep_last": 1})}))
     assert state.position.step == 12
     assert "metrics records wait: no permission" in caplog.text
-    assert "old checkpoints could not be removed: no permission" in caplog.text
+    assert "could not remove what is no longer needed: no permission" in caplog.text
 
 
 def test_interrupted_export_is_done_again(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,33 +184,36 @@ def test_storage_that_is_not_the_same_everywhere_is_refused(cfg: RunConfig, tmp_
     """A worker on another machine, whose local path of that name is empty."""
     run(cfg)
     elsewhere = cfg.model_copy(update={"storage": str(tmp_path / "another-machine")})
-    with pytest.raises(ConfigError, match="is not the same place on all machines"):
-        run_attempt(elsewhere, World())
+    with pytest.raises(ConfigError, match="its storage is not the same place on all of them"):
+        run_attempt(elsewhere, World(), attempt=new_term().attempt(1))
     assert not (tmp_path / "another-machine").exists()
 
 
 def test_parts_without_a_manifest_are_no_checkpoint(interrupted: RunConfig) -> None:
     """What a crash between upload and commit leaves behind."""
-    Path(run_storage(interrupted).url, "manifests/step-00000009.json").unlink()
+    manifest_path(interrupted, 9).unlink()
     _, after = run(interrupted)
     assert next(r["step"] for r in after if r["kind"] == "attempt") == 8
 
 
-def test_what_crashes_left_behind_goes_before_anything_is_stored(
-    interrupted: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Attempts that never come to a commit, on a full disk say, do not fill it further."""
+def test_what_crashes_left_behind_goes_before_anything_is_stored(interrupted: RunConfig) -> None:
+    """Attempts that never come to a commit, on a full disk say, do not fill it further: one writes down what is left
+    behind, the next removes it."""
     storage = run_storage(interrupted)
     before = set(storage.list(unfinished=True))
     left = ["base/step-00000003-0001-aaaaaaaa/00000.safetensors", "delta/step-00000012-0001-aaaaaaaa/.partial-1f"]
     for path in left:
         Path(storage.url, path).parent.mkdir(parents=True)
         Path(storage.url, path).write_bytes(b"half")
-    with pytest.raises(Crash):
-        run(interrupted, crash_at(9, "attempt"))
-    after = set(storage.list(unfinished=True))
-    assert before <= after
-    assert not after & set(left)
+    for written in (True, False):
+        with pytest.raises(Crash):
+            run(interrupted, crash_at(9, "attempt"))
+        for thread in threading.enumerate():
+            if thread.name.startswith("relora-ray-save"):
+                thread.join(60)
+        after = set(storage.list(unfinished=True))
+        assert before <= after
+        assert set(left) <= after if written else not after & set(left)
 
 
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(interrupted: RunConfig) -> None:
@@ -215,7 +236,7 @@ def test_base_is_written_once_per_cycle(interrupted: RunConfig) -> None:
 
 def test_nothing_stored_is_a_pickle(interrupted: RunConfig) -> None:
     for path in run_storage(interrupted).list():
-        assert path.endswith((".json", ".jsonl", ".safetensors", ".yaml")) or path.startswith("attempts/"), path
+        assert path.endswith((".json", ".jsonl", ".safetensors", ".yaml")), path
         if path.endswith(".json"):
             json.loads(run_storage(interrupted).get(path))
 
@@ -230,20 +251,25 @@ def test_zero_moments_are_not_stored(cfg: RunConfig) -> None:
     assert merged.delta.size_bytes < inside.delta.size_bytes
 
 
-def test_retention_keeps_the_newest(data: Path, tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_the_last_two_boundaries(data: Path, tmp_path: Path) -> None:
     cfg = tiny_config(data, tmp_path, "checkpoint.keep_last=2")
     run(cfg)
     storage = run_storage(cfg)
-    assert list_manifests(storage) == [10, 12]
-    assert {p.split("/")[1].split("-")[1] for p in storage.list("delta")} == {"00000010", "00000012"}
-    assert {p.split("/")[1].split("-")[1] for p in storage.list("base")} == {"00000009", "00000012"}
+    assert list_manifests(storage) == [9, 10, 12]
+    assert steps_of(storage, "delta") == [6, 9, 10, 12], "6 is written down, and goes with the next commit"
+    assert steps_of(storage, "base") == [6, 9, 12]
+    list(prune(storage, keep_last=2, keep_every_steps=0, dry_run=False))
+    assert steps_of(storage, "delta") == [9, 10, 12]
+    assert steps_of(storage, "base") == [9, 12]
+    assert storage.list("removals") == []
 
 
 def test_large_states_are_cut_into_files(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(layout, "MAX_FILE_BYTES", 100_000)
     with pytest.raises(Crash):
         run(cfg, crash_at(5, "train"))
-    assert len(part_files(cfg, 4, "delta")) > 4
+    files = [path for kind in ("base", "delta") for path in part_files(cfg, 4, kind) if path.suffix == ".safetensors"]
+    assert max(path.stat().st_size for path in files) <= 100_000, "the embedding alone is 262,144 bytes"
     state, _ = run(cfg)
     whole, _ = run(cfg.model_copy(update={"name": "whole"}))
     assert state_digest(state) == state_digest(whole)
@@ -264,17 +290,18 @@ def test_full_disk_stops_the_run_and_loses_nothing(data: Path, small_disk: Path,
     assert state_digest(state) == state_digest(whole)
 
 
-def test_second_commit_of_a_step_is_refused(cfg: RunConfig) -> None:
-    """Two drivers on one run: the later one stops, the earlier one's checkpoint stays."""
+def test_second_commit_under_one_name_is_refused(cfg: RunConfig) -> None:
+    """Two processes that take themselves for one attempt: the later one stops, the earlier one's checkpoint stays."""
 
     def interfere(record) -> None:
         if record["kind"] == "train" and record["step"] == 4:
             storage = run_storage(cfg)
-            newest = read_manifest(storage, 3)
-            storage.put(newest.model_copy(update={"step": 4}).path, newest.model_dump_json().encode())
+            theirs = read_manifest(storage, 3).model_copy(update={"step": 4})
+            storage.put(theirs.path, theirs.model_dump_json().encode())
 
-    with pytest.raises(CheckpointError, match=r"was committed by somebody else: two drivers are on one run"):
+    with pytest.raises(CheckpointError, match=r"exists, with other content: two processes take themselves for attempt"):
         run(cfg, interfere)
+    assert read_manifest(run_storage(cfg), 4).tokens == 3 * cfg.tokens_per_step
 
 
 def test_run_of_another_config_is_refused_with_the_difference(
@@ -291,16 +318,19 @@ def test_run_of_another_config_is_refused_with_the_difference(
 
 
 def test_checkpoint_of_another_config_is_not_gone_on_from(interrupted: RunConfig) -> None:
-    """Two drivers began under one name before there was a checkpoint: it is one's, config.yaml the other's."""
-    storage = run_storage(interrupted)
-    text = storage.get("config.yaml").decode()
-    storage.put("config.yaml", text.replace("learning_rate: 0.01", "learning_rate: 0.005").encode())
+    storage, newest = run_storage(interrupted), read_manifest(run_storage(interrupted), 9)
+    storage.put(newest.path, newest.model_copy(update={"identity": "0" * 16}).model_dump_json().encode())
     with pytest.raises(CheckpointError, match="was made by a run of another config or other data"):
-        run(
-            interrupted.model_copy(
-                update={"optimizer": interrupted.optimizer.model_copy(update={"learning_rate": 5e-3})}
-            )
-        )
+        run(interrupted)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "tokenizer/tokenizer.json"])
+def test_what_a_run_is_cannot_be_changed_unnoticed(interrupted: RunConfig, tmp_path: Path, name: str) -> None:
+    setting = find_setting(run_storage(interrupted))
+    assert setting.recorded is not None, "the first checkpoint has named it"
+    setting.place.put(name, setting.get(name).replace(b"0", b"1", 1))
+    with pytest.raises(CheckpointError, match=f"{name} is not the one that the run's checkpoints were made with"):
+        export(run_storage(interrupted), Storage(str(tmp_path / "out")))
 
 
 def test_operational_keys_may_change_between_attempts(interrupted: RunConfig, data: Path, tmp_path: Path) -> None:
@@ -336,10 +366,13 @@ def test_config_may_be_corrected_until_there_is_a_checkpoint(cfg: RunConfig, dat
     assert state.position.step == 12
 
 
-def test_run_is_exported_without_its_data(interrupted: RunConfig, data: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.move(run_storage(interrupted).url, tmp_path / "moved"))
-    text = (moved / "config.yaml").read_text().replace(str(data), "/gone").replace(str(tmp_path), "/gone")
-    (moved / "config.yaml").write_text(text)
+def test_run_is_exported_without_its_data(data: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(data, tmp_path / "data"))
+    cfg = tiny_config(copied, tmp_path)
+    with pytest.raises(Crash):
+        run(cfg, crash_at(10, "train"))
+    shutil.rmtree(copied)
+    moved = Path(shutil.move(run_storage(cfg).url, tmp_path / "moved"))
     assert export(Storage(str(moved)), Storage(str(tmp_path / "out"))) == 9
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 2048
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == 0
@@ -361,7 +394,7 @@ def test_attempts_have_names_of_their_own(cfg: RunConfig) -> None:
     run(cfg)
     storage = run_storage(cfg)
     names = [p.split("/")[1] for p in storage.list("metrics")]
-    assert [n.split("-")[0] for n in names] == ["0001", "0002"]
+    assert [n.split("-")[0] for n in names] == ["0001.0001", "0002.0001"]
     assert read_manifest(storage, 0).attempt == names[0]
     assert read_manifest(storage, 12).attempt == names[1]
 

@@ -312,7 +312,7 @@ class NeverResumes(Ours):
     """Starts again at update 0."""
 
     def train(self, spec: Spec) -> Trace:
-        shutil.rmtree(spec.folder)
+        shutil.rmtree(spec.folder, ignore_errors=True)  # there is none before the first attempt
         self.prepare(spec)
         return super().train(spec)
 

@@ -23,7 +23,7 @@ def cfg(data: Path, tmp_path: Path) -> RunConfig:
 
 
 def found(cfg: RunConfig) -> list[str]:
-    return [str(finding) for finding in dry_run(preflight(cfg, dry_run=True))]
+    return [str(finding) for finding in dry_run(preflight(cfg))]
 
 
 def test_all_is_well_and_nothing_is_left_behind(cfg: RunConfig) -> None:
@@ -54,7 +54,7 @@ def test_shard_that_is_cut_short_is_named(cfg: RunConfig, tmp_path: Path) -> Non
 
 
 def test_storage_that_cannot_be_written_is_a_problem(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = preflight(cfg, dry_run=True)
+    checked = preflight(cfg)
     monkeypatch.setattr("relora_ray.runtime.dry_run.run_storage", lambda cfg: Storage("/proc/nowhere"))
     assert [finding.fine for finding in dry_run(checked)] == [True, False, True, True]
 

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+from ray.util import placement_group_table
 
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
 from relora_ray.metrics import read, read_all, read_pages
 from relora_ray.runs import run_storage
 from relora_ray.runtime import driver, elastic
+from relora_ray.runtime.coordinator import Coordinator
 from relora_ray.runtime.driver import preflight
 from tests.cluster import Machines
 from tests.tiny import losses, run, stored_losses, tiny_config
@@ -40,9 +44,9 @@ def test_rays_private_classes_are_as_expected() -> None:
 def test_other_version_of_ray_falls_back_to_its_own_policy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delattr(elastic.ElasticScalingPolicy, "_count_possible_workers")
+    monkeypatch.delattr(ScalingPolicy, "_send_resource_request")
     assert elastic.trainer_class(None) is TorchTrainer
-    assert "there is no ElasticScalingPolicy._count_possible_workers" in caplog.text
+    assert "there is no ElasticScalingPolicy._send_resource_request" in caplog.text
 
 
 def drive(cfg: RunConfig, actions: list[tuple[int, Callable[[], None]]]) -> Events:
@@ -75,12 +79,15 @@ class Events:
 
     def __init__(self) -> None:
         self.world_size = self.from_step = self.step = 0
+        self.said: list[str] = []
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] == "attempt":
             self.world_size, self.from_step = event["world_size"], event["step"]
         if event["kind"] == "train":
             self.step = event["step"]
+        if event["kind"] == "log":
+            self.said.append(event["message"])
 
 
 def test_workers_come_and_go_and_the_result_stays(machines: Machines, data: Path, tmp_path: Path) -> None:
@@ -138,6 +145,49 @@ def test_state_is_stored_within_a_notice_where_nobody_can_go_on_without_the_mach
     assert restarts[1]["from_step"] >= stored[0]
     _, expected = run(tiny_config(data, tmp_path / "b", *overrides))
     assert stored_losses(cfg) == pytest.approx(losses(expected), rel=1e-5)
+
+
+class NamesBadMachines(Coordinator):
+    """Those whose ids are in a file beside the run."""
+
+    def bad_nodes(self) -> list[str]:
+        named = Path(self._storage.url).parent / "bad"
+        return named.read_text().split() if named.exists() else []
+
+
+def test_bad_machine_is_left_and_not_used_again(
+    machines: Machines, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 -> 1 -> 2 workers, the last of them on the new machine; only whom the coordinator names is faked."""
+    machines.add()
+    actor = ray.remote(num_cpus=0, max_concurrency=10_000)(NamesBadMachines)
+    monkeypatch.setattr(driver, "CoordinatorActor", actor)
+    overrides = ("steps=500", "method.warm_start_steps=250", "method.merge_every_steps=250", "data.seq_len=128")
+    cfg = preflight(tiny_config(data, tmp_path / "a", "cluster.workers=2", "cluster.min_workers=1", *overrides))
+    bad, good = machines.nodes[0].node_id, machines.nodes[1].node_id
+    used: list[set[str]] = []
+
+    def name_bad() -> None:
+        used.append(nodes_in_use())
+        Path(cfg.storage, "bad").write_text(bad)
+
+    def add() -> None:
+        used.append(nodes_in_use())
+        machines.add()
+
+    events = drive(cfg, [(2, name_bad), (1, add), (2, lambda: used.append(nodes_in_use()))])
+    assert used == [{bad, good}, {good}, {good, machines.nodes[2].node_id}]
+    assert [r["steps_lost"] for r in read_pages(run_storage(cfg), "restarts")] == [0, 0, 0]
+    assert [message for message in events.said if "machine" in message] == [
+        f"machine {machines.nodes[0].node_ip_address} ({bad}) is left out: attempts failed there again and again. "
+        f"The run goes on with others."
+    ]
+
+
+def nodes_in_use() -> set[str]:
+    """Ids of the machines where workers are."""
+    groups = placement_group_table().values()
+    return {node for group in groups if group["state"] == "CREATED" for node in group["bundles_to_node_id"].values()}
 
 
 def wait_for(found: Callable[[], int | None]) -> int:

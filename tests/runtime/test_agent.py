@@ -1,0 +1,116 @@
+"""An agent and real processes that it starts, which do not train. Ray is faked: its calls are answered here."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from relora_ray.config import ClusterConfig
+from relora_ray.runtime import agent
+from relora_ray.runtime.messages import Cause, Start
+from relora_ray.runtime.orders import Order
+
+
+class Coordinator:
+    """Notes what it is told. Its orders never come."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.ended = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*args: Any) -> Any:
+            self.calls.append((name, args))
+            if name == "watch":
+                self.ended.wait(60)
+            return Order("stop") if name == "watch" else None
+
+        return type("Method", (), {"remote": staticmethod(remote)})
+
+    def told(self, name: str) -> list[Any]:
+        return [args for called, args in self.calls if called == name]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Coordinator, float, int]]:
+    """Have an agent run a process that does what a function of this module does, until it ends; returns what the
+    coordinator was told, how long it took, and the process id."""
+
+    def run(function: Callable[..., None], **cluster: int) -> tuple[Coordinator, float, int]:
+        monkeypatch.setattr(agent.ray, "get", lambda answer: answer)
+        monkeypatch.setattr(agent, "_key", lambda: f"test {os.getpid()}")
+        monkeypatch.setattr(agent, "PRELOAD", (__name__,))
+        monkeypatch.setattr(agent, "TRAIN", f"tests.runtime.test_agent:{function.__name__}")
+        coordinator = Coordinator()
+        start = Start("0001.0001-aa", 0, 2, "127.0.0.1", 1, Cause("start", "x"), "secret")
+        with agent._listen("127.0.0.1") as listener:
+            watched = agent._Watch(
+                coordinator, start, ClusterConfig(**cluster), str(listener.getsockname()[1]), listener
+            )
+        began = time.monotonic()
+        assert not watched.run()
+        coordinator.ended.set()
+        return coordinator, time.monotonic() - began, watched._process.pid
+
+    return run
+
+
+def fail_and_hang(connection: Connection, *_: Any) -> None:
+    """As a rank whose process group cannot be left, because another rank does not answer. It shows that it lives."""
+    receive(connection)
+    connection.send((1, "failed", ("ValueError: no", "")))
+    while True:
+        connection.send((0, "alive", ()))
+        time.sleep(0.2)
+
+
+def stand_still(connection: Connection, port: str, *_: Any) -> None:
+    """Take over the agent's port, and then do nothing, but show that it lives."""
+    stacks, listener = receive(connection)
+    assert socket.socket(fileno=listener).getsockname() == ("127.0.0.1", int(port))
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+    threading.Thread(target=show_life, args=(connection,), daemon=True).start()
+    time.sleep(600)
+
+
+def show_life(connection: Connection) -> None:
+    while True:
+        connection.send((0, "alive", ()))
+        time.sleep(0.2)
+
+
+def receive(connection: Connection) -> tuple[int, int]:
+    return reduction.recv_handle(connection), reduction.recv_handle(connection)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_process_that_failed_is_not_waited_for(watch: Callable[..., tuple[Coordinator, float, int]]) -> None:
+    """It could hang for as long as a collective may take."""
+    coordinator, took_s, pid = watch(fail_and_hang)
+    assert coordinator.told("lost") == [("0001.0001-aa", 0, "ValueError: no", "")]
+    assert took_s < 10
+    assert not is_alive(pid)
+
+
+def test_process_that_hangs_says_where(watch: Callable[..., tuple[Coordinator, float, int]]) -> None:
+    coordinator, _, _ = watch(stand_still, stall_timeout_s=1)
+    [(_, _, reason, _)] = coordinator.told("lost")
+    assert reason.startswith("no step, evaluation or checkpoint for 1 s; it was in\n"), reason
+    assert "in stand_still" in reason.splitlines()[1]
