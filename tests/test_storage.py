@@ -425,3 +425,16 @@ def test_secret_is_not_in_the_traceback(monkeypatch: pytest.MonkeyPatch, moto: S
     with pytest.raises(StorageError) as caught:
         storage.put("x", b"1")
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_empty_objects_and_marks_of_folders_do_no_harm_on_a_server(moto: Server) -> None:
+    """S3 answers a range of an empty object with an error, which was tried again for a minute: a claim whose record is
+    empty stopped every start. And consoles create `pins/`, which is no name of an object of ours."""
+    storage = Storage(f"s3://{BUCKET}/{uuid.uuid4().hex}", moto.options, retry_s=1)
+    storage.put("terms/0001.json", b"")
+    assert storage.get("terms/0001.json", at_most=100) == b""
+    storage._fs.pipe_file(f"{storage._root}/pins/", b"")
+    storage.put("pins/a", b"1")
+    assert storage.list("pins") == ["pins/a"]
+    storage.delete_below("pins")
+    assert storage.list("pins") == []
