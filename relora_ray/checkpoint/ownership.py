@@ -104,7 +104,17 @@ def claim(
                 f"{storage.url}: two drivers claimed term {term.number} at the same moment, and the other one has it: "
                 f"this server ignores If-None-Match. Start one driver at a time."
             )
+        _forget(storage, found, mine)
         return term
+
+
+def _forget(storage: Storage, before: Term | None, mine: str) -> None:
+    """Remove the sign of life of the owner before, which did not live to do so; nobody looks at it any more."""
+    if before is not None and before.driver not in (mine, UNREADABLE):
+        try:
+            storage.delete(f"{DRIVERS}/{before.driver}.json")
+        except StorageError as error:
+            logger.warning("driver %s of term %d left a sign of life: %s", before.driver, before.number, error)
 
 
 def succeed(storage: Storage, term: Term) -> Term:
@@ -151,15 +161,22 @@ class Life:
 
     def __init__(self, storage: Storage, driver: str) -> None:
         # A put that hangs must not silence the ones after it.
-        self._storage = storage.patient(BEAT_CALL_S)
+        self._patient, self._storage = storage, storage.patient(BEAT_CALL_S)
         self._path, self._beats = f"{DRIVERS}/{driver}.json", 0
         self._who = {"host": platform.node(), "machine": _machine(), "pid": os.getpid()}
 
+    def begin(self) -> None:
+        """The first, which a start depends on, is tried again for as long as anything is. Raises StorageError."""
+        self._put(self._patient)
+
     def beat(self) -> None:
         """Raises StorageError."""
+        self._put(self._storage)
+
+    def _put(self, storage: Storage) -> None:
         self._beats += 1
         record = self._who | {"beat": self._beats, "unix_time": clock.now()}
-        self._storage.put(self._path, json.dumps(record).encode())
+        storage.put(self._path, json.dumps(record).encode())
 
     def end(self) -> None:
         try:

@@ -49,22 +49,20 @@ def owning(storage: Storage, *, wait: bool = False, check: Callable[[], object] 
     """Own the run for a block. RunBusyError if another driver lives; `wait`: wait for its end instead.
     `check`: called right before the claim."""
     driver = new_driver()
-    life = Life(storage, driver)
-    life.beat()  # before the claim, or it would look like that of a dead one for a moment
+    life, ended, thread = Life(storage, driver), threading.Event(), None
     try:
+        life.begin()  # before the claim, or it would look like that of a dead one for a moment
         hold = Hold(claim(storage, driver, wait=wait, check=check))
-    except BaseException:
-        life.end()
-        raise
-    storage.delete(BEFORE_TERMS)  # nobody's any more
-    ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(storage, life, hold, ended), name="relora-ray-owner", daemon=True)
-    thread.start()
-    try:
+        storage.delete(BEFORE_TERMS)  # nobody's any more
+        thread = threading.Thread(
+            target=_watch, args=(storage, life, hold, ended), name="relora-ray-owner", daemon=True
+        )
+        thread.start()
         yield hold
     finally:
         ended.set()
-        thread.join()
+        if thread is not None:
+            thread.join()
         life.end()
 
 

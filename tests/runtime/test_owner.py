@@ -257,3 +257,47 @@ def test_names_of_attempts_are_compared_as_numbers() -> None:
     assert term_of(term.attempt(3)) == term
     names = ["9999-ffffffff", "0001.0001-a", "0001.10000-a", "0002.0001-a", "10000.0001-a"]
     assert [attempt_key(name) for name in names] == [(0, 9999), (1, 1), (1, 10000), (2, 1), (10000, 1)]
+
+
+@pytest.mark.parametrize("step", ["claim", "delete"])
+def test_start_that_fails_leaves_no_sign_of_life(storage: Storage, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """One that failed after its claim, as the old sign of life could not be deleted, made the next wait 45 s."""
+
+    def down(*args: object, **options: object) -> Term:
+        raise StorageError("the service is down")
+
+    original = Storage.delete
+    if step == "claim":
+        monkeypatch.setattr(owner, "claim", down)
+    else:
+        monkeypatch.setattr(
+            Storage, "delete", lambda self, path: down() if path == BEFORE_TERMS else original(self, path)
+        )
+    with pytest.raises(StorageError, match="the service is down"), owning(storage):
+        pass
+    assert storage.list("drivers") == []
+
+
+def test_first_sign_of_life_is_tried_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that was busy for a moment ended the launch: signs of life are put once, as others follow."""
+    seen: list[tuple[str, float]] = []
+    original = Storage.put
+
+    def put(self: Storage, path: str, data: bytes) -> None:
+        seen.append((path, self.retry_s))
+        original(self, path, data)
+
+    monkeypatch.setattr(Storage, "put", put)
+    with owning(storage):
+        pass
+    assert seen[0][0].startswith("drivers/")
+    assert seen[0][1] == storage.retry_s > 0
+
+
+def test_sign_of_life_of_a_driver_that_died_does_not_stay(storage: Storage) -> None:
+    """A driver that was killed left one each time, for ever."""
+    for number in range(3):
+        driver = f"{number:08x}"
+        Life(storage, driver).beat()
+        claim(storage, driver)
+    assert storage.list("drivers") == ["drivers/00000002.json"]
