@@ -365,7 +365,9 @@ class Storage:
                     lasting = missing_may_come is not None and not missing_may_come()
                 passed_s = clock.monotonic() - began
                 pause_s = min(_PAUSE_S[0] * 2 ** (attempt - 1), _PAUSE_S[1]) * random.uniform(0.5, 1.0)
-                if lasting or passed_s + pause_s > self.retry_s:
+                # One that is expected is asked for twice: the time may have passed while this process stood still.
+                again = isinstance(error, FileNotFoundError) and attempt == 1 and self.retry_s > 0
+                if lasting or (passed_s + pause_s > self.retry_s and not again):
                     tried = "" if lasting else f" ({attempt} tries in {passed_s:.0f} s)"
                     failure = StorageError(f"{what}: {reason}{tried}.{_advice(error)}")
                     failure.restart_helps = getattr(error, "errno", None) not in _LASTING_CODES

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from relora_ray import clock
 from relora_ray.errors import ConfigError, StorageError
 from relora_ray.storage import Storage, parse_options
 from tests.s3 import BUCKET, SECRET, FaultyProxy, Kind, Server, storage_options
@@ -438,3 +439,23 @@ def test_empty_objects_and_marks_of_folders_do_no_harm_on_a_server(moto: Server)
     assert storage.list("pins") == ["pins/a"]
     storage.delete_below("pins")
     assert storage.list("pins") == []
+
+
+def test_object_that_is_expected_is_asked_for_twice_though_the_process_stood_still(
+    moto: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine was suspended in a request for longer than `retry_s`, and the answer was a wrong 404: the newest
+    checkpoint counted as removed. Found by the simulation, seed 2868."""
+    storage = Storage(f"s3://{BUCKET}/{uuid.uuid4().hex}", moto.options, retry_s=60)
+    storage.put("a", b"1")
+    original, now = Storage._call, [0.0]
+
+    def suspended(self: Storage, name: str, *args: object, **options: object) -> object:
+        if name == "cat_file" and not now[0]:
+            now[0] = 100.0
+            raise FileNotFoundError("a")
+        return original(self, name, *args, **options)
+
+    monkeypatch.setattr(Storage, "_call", suspended)
+    monkeypatch.setattr(clock, "monotonic", lambda: now[0])
+    assert storage.get_expected("a") == b"1"
