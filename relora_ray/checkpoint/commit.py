@@ -94,6 +94,8 @@ class Commits:
         self._num_removals = 0
         self._lock = threading.Lock()
         """Held while something is removed."""
+        self._pruning, self._to_prune = threading.Lock(), list[Manifest]()
+        """Held by the one call of `prune` that works; the newest checkpoint that it is yet to prune after, if any."""
 
     def fence(self, attempt: str) -> None:
         """SupersededError unless `attempt` is the run's latest. Asked before and after every write that decides
@@ -158,9 +160,21 @@ class Commits:
 
     def prune(self, committed: Manifest) -> None:
         """Remove what was written down at the last commit, and write down what this one leaves behind. Never raises:
-        the next one tries again. May run beside commits."""
+        the next one tries again. May run beside commits. While one is at work, others leave theirs to it: they would
+        hold the threads that commits need."""
+        self._to_prune[:] = [committed]
+        while self._to_prune and self._pruning.acquire(blocking=False):
+            try:
+                for newest in [self._to_prune.pop() for _ in self._to_prune[:]]:
+                    self._prune(newest)
+            finally:
+                self._pruning.release()
+
+    def _prune(self, committed: Manifest) -> None:
         with self._removing(committed.attempt):
-            history = read_history(self._storage, at_least=[committed.path], known=self._known)
+            # Prunes may queue up behind commits: one before may have removed this checkpoint already.
+            at_least = [committed.path] if committed.path not in self._removed else []
+            history = read_history(self._storage, at_least=at_least, known=self._known)
             if history.head is None or history.head.attempt != committed.attempt:
                 return
             line, _ = history.read_line()
