@@ -256,9 +256,12 @@ class Storage:
     def list_surely(self, prefix: str) -> builtins.list[str]:
         """As `list`, until two answers in a row are the same: one may be old, and something is decided by this."""
         found = self.list(prefix)
-        until = clock.monotonic() + self.retry_s
-        while not self.is_local and found != (again := self.list(prefix)) and clock.monotonic() < until:
-            found = again
+        until, looks = clock.monotonic() + self.retry_s, 1
+        # At least four times: the time may have passed while this process stood still.
+        while not self.is_local and (looks < 4 or clock.monotonic() < until):
+            before, found, looks = found, self.list(prefix), looks + 1
+            if found == before:
+                break
         return found
 
     def get_listed(self, path: str, *, at_most: int | None = None) -> bytes | None:
