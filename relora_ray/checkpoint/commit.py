@@ -255,7 +255,9 @@ class Commits:
                 self._removed.add(manifest)
             for folder in sorted(set(removal.folders) - needed):
                 self._storage.delete_below(folder)
-            self._storage.delete(path)
+            # As long as the head names one of them, a put of it that arrives twice would bring it back on the line.
+            if history.head is None or not set(removal.manifests) & set(history.head.line):
+                self._storage.delete(path)
 
 
 def _foreign(manifests: Iterable[Manifest]) -> set[str]:

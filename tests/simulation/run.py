@@ -313,8 +313,7 @@ class Driver:
         self._world.say(f"{lineage.attempt} goes {rollback}")
         self._run.rolled_back.add(lineage.attempt)
         outcome = commits.roll_back(rollback)
-        if outcome.error:
-            self._run.rolled_back.discard(lineage.attempt) if outcome.fatal else None
+        if outcome.error:  # it may be stored all the same, and whoever owns the run next may have seen it
             raise (SupersededError if outcome.fatal else ReloraError)(outcome.error)
         raise ReloraError("rolled back")
 
