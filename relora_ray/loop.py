@@ -124,6 +124,7 @@ def run_attempt(
     closed = False
     try:
         state, saved = resume(cfg, method, checkpointer, world, storage)
+        checkpointer.remove_orphans()
         emit(_attempt_record(cfg, state, checkpointer, world) | {"cause": cause})
         skip = skipped(state.position.rollbacks, cfg.steps).union(cfg.train.skip_steps)
         train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, skip=skip, already_saved=saved)

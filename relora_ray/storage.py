@@ -257,8 +257,8 @@ class Storage:
         """As `list`, until two answers in a row are the same: one may be old, and something is decided by this."""
         found = self.list(prefix)
         until, looks = clock.monotonic() + self.retry_s, 1
-        # At least four times: the time may have passed while this process stood still.
-        while not self.is_local and (looks < 4 or clock.monotonic() < until):
+        # At least ten times: the time may have passed while this process stood still.
+        while not self.is_local and (looks < 10 or clock.monotonic() < until):
             before, found, looks = found, self.list(prefix), looks + 1
             if found == before:
                 break

@@ -113,8 +113,7 @@ class Checkpointer:
         self._failure = ""
         """Why the last save that ended was not stored."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="relora-ray-save")
-        if world.is_first:
-            self._thread.submit(commits.remove_orphans, self.attempt)  # before the first save, while others go on
+        self._commits = commits
         self._host = HostCopies()
 
     def restore(
@@ -261,6 +260,12 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of the checkpoints on this attempt's way that are there, ascending (one rank)."""
         return self._lineage.steps(self._storage)
+
+    def remove_orphans(self) -> None:
+        """Begin to remove what earlier attempts left behind, before the first save (every rank, once it is clear what
+        is gone on from)."""
+        if self._world.is_first:
+            self._thread.submit(self._commits.remove_orphans, self.attempt, self._lineage.line)
 
     def fence(self) -> None:
         """SupersededError if another driver owns the run by now (one rank)."""

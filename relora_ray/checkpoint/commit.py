@@ -207,12 +207,22 @@ class Commits:
             line, dropped, paths, folders, pinned={f for pin in pins for f in pin.folders}, attempt=attempt
         )
 
-    def remove_orphans(self, attempt: str) -> None:
+    def remove_orphans(self, attempt: str, line: Sequence[str]) -> None:
         """Remove what attempts before `attempt` stored and did not commit. Without this, attempts that end before
-        their first commit, on a full disk say, would fill it further. Never raises."""
+        their first commit, on a full disk say, would fill it further. Never raises.
+
+        `line`: what the attempt goes on from, chosen before. An earlier attempt that has written down since that it
+        removes some of it sees this one begun, and does not: its record is void.
+        """
         with self._removing(attempt):
             history = read_history(self._storage, known=self._known)
-            manifests = [history.read(path) for path in history.standing]  # what is off the line stays until a commit
+            own = [history.read(path) for path in line if path in history.paths]
+            for path in history.void(own):
+                self.fence(attempt)
+                self._storage.delete(path)
+                del history.removals[path]
+            standing = {*history.standing, *(m.path for m in own)}
+            manifests = [history.read(path) for path in sorted(standing)]  # what is off the line stays until a commit
             self._carry_out(history, manifests, attempt)
             parts = {folder for folder in part_folders(self._storage) if not folder.startswith("setup/")}
             pinned = {f for pin in read_pins(self._storage).values() for f in pin.folders}

@@ -118,6 +118,11 @@ class History:
             self._known[path] = read_record(self._storage, path)
         return self._known[path]
 
+    def void(self, line: Sequence[Manifest]) -> list[str]:
+        """Records of removals that name something which a line needs."""
+        names = {m.path for m in line} | needed_folders(line)
+        return [path for path, (_, removal) in self.removals.items() if names & {*removal.manifests, *removal.folders}]
+
     def path_at(self, step: int) -> str | None:
         return next((path for path in self.line if _key(path)[1] == step), None)
 

@@ -322,7 +322,7 @@ class Month:
         self._from_step = step
         self._tell("attempt", step=step)
         orphans = Commits(self._storage, self._cfg)
-        self._beside("orphans", lambda: orphans.remove_orphans(name))
+        self._beside("orphans", lambda: orphans.remove_orphans(name, lineage.line))
         if not paths:
             self._save_beside(lineage, 0)
         return lineage

@@ -171,10 +171,6 @@ class Driver:
             number += 1
             self._current = term.attempt(number)
             try:
-                orphans, attempt = Commits(self._storage, self._run.cfg), self._current
-                self._beside(
-                    "orphans", lambda o=orphans, a=attempt: o.remove_orphans(a)
-                )  # rank 0's, not the coordinator's
                 self._attempt(self._current, commits)
             except SupersededError as error:
                 self._world.say(str(error))
@@ -206,6 +202,8 @@ class Driver:
             position, state = self._fork(attempt, lineage, commits)
         else:
             position, state = self._resume(lineage)
+        orphans, line = Commits(self._storage, run.cfg), lineage.line
+        self._beside("orphans", lambda: orphans.remove_orphans(attempt, line))  # rank 0's, not the coordinator's
         skip = skipped(position.rollbacks, run.steps)
         fails_at = self._random.choice([run.steps + 1, self._random.randrange(1, run.steps + 1)])
         diverges_at = self._random.choice([run.steps + 9] * 3 + [self._random.randrange(3, run.steps + 1)])
