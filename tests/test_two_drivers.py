@@ -353,7 +353,8 @@ def check(plan: Plan, cfgs: tuple[RunConfig, RunConfig], log: Path, expected: di
 
 
 def _check_that_nothing_was_written(how: str, records: list[dict[str, Any]], storage: Storage) -> None:
-    """But for its own sign of life, and the claim of its term if it was refused for its config."""
+    """But for its own sign of life, and the claim of its term if it was refused for its config: whoever claims also
+    removes the sign of life of the owner before."""
     kinds = ("put", "put_new", "delete")
     changed = {(r["kind"], r["path"].removeprefix(f"{storage.url}/")) for r in records if r["kind"] in kinds}
     own = {path for kind, path in changed if kind == "put" and path.startswith("drivers/")}
@@ -361,6 +362,7 @@ def _check_that_nothing_was_written(how: str, records: list[dict[str, Any]], sto
     allowed = {(kind, path) for kind in ("put", "delete") for path in own}
     if how != "RunBusyError":
         allowed |= {("put_new", f"terms/{r['number']:04d}.json") for r in records if r["kind"] == "term"}
+        allowed |= {("delete", path) for _, path in changed if path.startswith("drivers/")}
         allowed |= {("delete", ownership.BEFORE_TERMS)}
     assert changed <= allowed, (how, changed - allowed)
 

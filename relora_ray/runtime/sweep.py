@@ -456,7 +456,9 @@ class _Generations(_Points):
         for position, child in ((int(n), point_from_json(record)) for n, record in stored.items()):
             assert child.parent is not None
             for seed in self._seeds:  # before the parent goes on, and prunes what is to be forked
-                pin(self._folder.child(run_name(child.parent, seed)), run_name(child.number, seed), step)
+                name = run_name(child.number, seed)
+                if not list_manifests(self._folder.child(name)):  # once forked it has let go of the rest
+                    pin(self._folder.child(run_name(child.parent, seed)), name, step)
             self._add(child)
             if members[position].state in ("begun", "failed"):
                 members[position].state = "replaced"

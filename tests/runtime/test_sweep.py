@@ -19,7 +19,7 @@ from ray import cloudpickle
 from ray.tune.schedulers import TrialScheduler
 
 from relora_ray.checkpoint import list_manifests, read_manifest
-from relora_ray.checkpoint.manifest import pinned_steps
+from relora_ray.checkpoint.history import read_pins
 from relora_ray.config import RunConfig
 from relora_ray.errors import ConfigError, DivergedError, RunBusyError, RunFailedError, StorageError
 from relora_ray.metrics import read_all
@@ -182,11 +182,15 @@ def test_no_point_begins_when_the_budget_is_spent(tmp_path: Path) -> None:
     assert hours.suggest("a") == "FINISHED"
 
 
-def test_population_goes_from_rung_to_rung(tmp_path: Path) -> None:
-    """All come to a rung before anybody is replaced; after a restart the decision stands."""
-    folder = Storage(str(tmp_path))
+def test_population_goes_from_rung_to_rung(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All come to a rung before anybody is replaced; after a restart the decision stands. Real runs and forks, whose
+    losses are made up; a run keeps one checkpoint, so that what was forked is gone when it is decided again."""
+    monkeypatch.setattr(module.driver, "run", lambda cfg, on_event: run(cfg))
+    folder = Storage(f"{tmp_path}/tiny")
     space = {"method.lora_rank": [2, 4, 8, 16]}
-    spec = sweep(tmp_path, "method.merge_every_steps=3", space=space, population={}, seeds=[1])
+    overrides = (f"storage={tmp_path}", f"data.path={data}", "method.merge_every_steps=3", "checkpoint.keep_last=1")
+    spec = sweep(tmp_path, *overrides, space=space, population={}, seeds=[1])
+    trainer = _Trainer(spec, set(), Silent())  # type: ignore[arg-type]
 
     def play(searcher: _Generations) -> list[list[tuple[int, int]]]:
         """By generation: the points that are trained, and to which rung."""
@@ -199,8 +203,9 @@ def test_population_goes_from_rung_to_rung(tmp_path: Path) -> None:
             if generations[-1] and generations[-1][0][1] != until:
                 generations.append([])
             generations[-1].append((number, until))
-            record = read_point(folder, number)
-            if (step := dict(spec.stops)[until]) not in record.losses:
+            if (step := dict(spec.stops)[until]) not in read_point(folder, number).losses:
+                assert [rung for rung, _ in trainer.train(number, until)][-1] == until
+                record = read_point(folder, number)
                 record.losses[step] = {1: 1.0 + number / 10}
                 put_point(folder, record)
             searcher.on_trial_complete(str(turn))
@@ -211,7 +216,8 @@ def test_population_goes_from_rung_to_rung(tmp_path: Path) -> None:
     assert read_point(folder, 3).state == read_point(folder, 7).state == "replaced"
     child = read_point(folder, 7)
     assert (child.parent, child.forked_at) == (0, 6)
-    assert pinned_steps(folder.child("0000-seed1")) == {6, 9}
+    pinned = {name for pin in read_pins(folder.child("0000-seed1")).values() for name in pin.folders}
+    assert {int(name.split("-")[1]) for name in pinned if name.startswith("base/")} == {6, 9}
     # Killed when only the decision was stored; what is known of its members has changed since.
     folder.delete("points/0007.json")
     put_point(folder, dataclasses.replace(read_point(folder, 3), state="begun"))
@@ -376,7 +382,8 @@ def test_halving_on_rays_tune(tune_alone: Play, tmp_path: Path) -> None:
     assert tune_alone(spec) == found, "nothing is tried again, and nobody is judged otherwise"
 
 
-def test_population_on_rays_tune(tune_alone: Play, tmp_path: Path) -> None:
+def test_population_on_rays_tune(tune_alone: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "pin", lambda *_: None)  # there are no runs
     spec = sweep(tmp_path, f"storage={tmp_path}", "method.merge_every_steps=3", population={}, seeds=[1],
                  space={"method.lora_rank": [2, 4, 16, 32]})  # fmt: skip
     found = tune_alone(spec)
