@@ -109,7 +109,7 @@ def published_run(published: tuple[ModuleType, ModuleType], cfg: RunConfig, fold
     return losses, read_reference(str(folder))
 
 
-def _redraws(names: dict[int, str], seed: int, boundary: int):  # type: ignore[no-untyped-def]
+def _redraws(names: dict[int, str], seed: int, boundary: int):
     def draw(tensor: torch.Tensor, a: float) -> None:
         path = names[id(tensor)].removesuffix(".lora_A")
         bound = 1 / tensor.shape[1] ** 0.5
@@ -119,7 +119,7 @@ def _redraws(names: dict[int, str], seed: int, boundary: int):  # type: ignore[n
     return draw
 
 
-def _handed_masks(training_utils, optimizer, names, lora_params, seed, boundary):  # type: ignore[no-untyped-def]
+def _handed_masks(training_utils, optimizer, names, lora_params, seed, boundary):
     """The published code draws a mask per moment, parameter by parameter, from the global random state."""
     keys = iter([
         key(seed, "prune", boundary, names[id(p)], moment)

@@ -26,7 +26,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from relora_ray.ablations import machine, version
-from relora_ray.checkpoint import Checkpointer, Position, Saved
+from relora_ray.checkpoint import Checkpointer, Position, Saved, read_history
+from relora_ray.checkpoint.ownership import Term
 from relora_ray.config import RunConfig
 from relora_ray.config_file import load_config
 from relora_ray.conformance.processes import run_ranks
@@ -89,9 +90,9 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
     method, model, optimizer = build(cfg)
     frozen = method.frozen_names(model)
     modes = {mode: cfg.checkpoint.model_copy(update={"save_async": mode, "keep_last": 1}) for mode in (True, False)}
-    checkpointer = Checkpointer(
-        storage, modes[True], world, tokens_per_step=1, identity="none", data_fingerprint="none"
-    )
+    first, second = Term(1, "0" * 8).attempt(1), Term(1, "0" * 8).attempt(2)
+    what: dict[str, Any] = {"tokens_per_step": 1, "identity": "none", "data_fingerprint": "none"}
+    checkpointer = Checkpointer(storage, modes[True], world, attempt=first, **what)
     step = boundary = 0
     found: dict[str, list[Saved]] = {}
     peaks: dict[str, list[int]] = {}
@@ -131,11 +132,11 @@ def measure(cfg: RunConfig, url: str, options: dict[str, Any]) -> dict[str, Any]
     checkpointer.close()
     method, fresh, fresh_optimizer = build(cfg)
     update(fresh, fresh_optimizer, 99)
-    reader = Checkpointer(storage, modes[True], world, tokens_per_step=1, identity="none", data_fingerprint="none")
-    manifest = reader.newest()[0][1]
+    reader = Checkpointer(storage, modes[True], world, attempt=second, **what)
+    history = read_history(storage)
     dist.barrier()
     began = time.perf_counter()
-    reader.restore(manifest, fresh, fresh_optimizer, frozen)  # type: ignore[arg-type]
+    reader.restore(history.read(history.line[-1]), history.line, fresh, fresh_optimizer, frozen)
     resume_s = time.perf_counter() - began
     return {
         "base_bytes": last.base.size_bytes if last.base else 0,
@@ -153,7 +154,7 @@ def formula(cfg: RunConfig) -> tuple[int, int, int]:
     shape = cfg.model.llama
     assert shape is not None
     h, i, layers, vocab = shape.hidden_size, shape.intermediate_size, shape.num_layers, cfg.model.llama_vocab_size
-    rank = value_at(cfg.method.lora_rank, 0)  # type: ignore[union-attr]
+    rank = value_at(cfg.method.lora_rank, 0)
     linears = layers * (4 * h * h + 3 * h * i)
     adapters = layers * rank * (4 * 2 * h + 3 * (h + i))
     others = 2 * vocab * h + (2 * layers + 1) * h

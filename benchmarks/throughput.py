@@ -326,7 +326,7 @@ def count_and_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[t
     """DDP's own reduction, with its bytes counted."""
     global reduced_bytes
     reduced_bytes += bucket.buffer().nbytes
-    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+    return allreduce_hook(None, bucket)
 
 
 count_and_reduce.__annotations__.clear()  # DDP compares them with types, and in this module they are strings

@@ -33,7 +33,11 @@ class Server:
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
-        self._server = {"moto": _Moto, "rclone": lambda f: S3Folder(f, KEY, SECRET), "ceph": Ceph}[kind](folder)
+        self._server: _Moto | S3Folder | Ceph = {
+            "moto": _Moto,
+            "rclone": lambda f: S3Folder(f, KEY, SECRET),
+            "ceph": Ceph,
+        }[kind](folder)
         self.endpoint = self._server.endpoint
 
     def start(self) -> None:

@@ -98,8 +98,8 @@ def _announce_phases(reach: Callable[[str], None]) -> None:
         reach("copy")
         return copies
 
-    Storage.put, Storage.put_new = announced_put, announced_put_new  # type: ignore[method-assign]
-    Storage.delete, checkpointer.HostCopies.take = announced_delete, announced_take  # type: ignore[method-assign]
+    Storage.put, Storage.put_new = announced_put, announced_put_new
+    Storage.delete, checkpointer.HostCopies.take = announced_delete, announced_take
 
 
 def one_life(cfg: RunConfig, log: Path, size: int, victim: int = 0, point: Point | None = None) -> bool:

@@ -55,7 +55,7 @@ def test_frozen_parameters_get_no_state() -> None:
 @pytest.mark.parametrize("kind", ["zero", "magnitude", "random", "none"])
 def test_reset_leaves_exactly_what_its_kind_says(kind: str, adam_step: str) -> None:
     model, optimizer = trained()
-    reset = ResetConfig(kind=kind, ratio=0.7, adam_step=adam_step)  # type: ignore[arg-type]
+    reset = ResetConfig(kind=kind, ratio=0.7, adam_step=adam_step)
     before = copy.deepcopy(optimizer.state_dict()["state"])
     named = [("first", model[0].weight), ("second", model[2].weight)]
     share = prune_state_(optimizer, named, reset, seed=1, boundary=9)
@@ -116,7 +116,7 @@ def test_weights_move_at_most_twice_the_learning_rate_per_step_after_a_reset(kin
     for step in range(200):
         parameter.grad = torch.randn(64, 32) * (10 if step < 190 else 0.01)  # a reset must not trust old scales
         optimizer.step()
-    prune_state_(optimizer, [("x", parameter)], ResetConfig(kind=kind), seed=0, boundary=200)  # type: ignore[arg-type]
+    prune_state_(optimizer, [("x", parameter)], ResetConfig(kind=kind), seed=0, boundary=200)
     start = parameter.detach().clone()
     for step in range(1, 11):
         parameter.grad = torch.randn(64, 32) * 0.01

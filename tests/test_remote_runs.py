@@ -88,7 +88,7 @@ def test_run_is_the_same_while_every_fifth_request_fails(
         if choose.random() < 0.2:
             kind = choose.choice(kinds)
             seen.append(kind)
-            proxy.add(kind, method, path)  # type: ignore[arg-type]
+            proxy.add(kind, method, path)
 
     proxy.on_request = fail_at_times
     with pytest.raises(Crash):
@@ -208,7 +208,7 @@ def test_storage_that_refuses_is_an_error_before_training(
     from relora_ray.errors import StorageError
 
     there = remote(proxy.endpoint)
-    proxy.add(kind, "PUT", times=float("inf"))  # type: ignore[arg-type]
+    proxy.add(kind, "PUT", times=float("inf"))
     with pytest.raises(StorageError, match=f"cannot write s3://.*({expected})"):
         run(there)
 

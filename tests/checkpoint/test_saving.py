@@ -136,7 +136,7 @@ def test_failing_storage_is_survived_and_made_good(
     assert f"{failure} The run could resume from step 2." in caplog.text
     storage = run_storage(waiting)
     assert list_manifests(storage) == [0, 2, 8, 9, 10, 12]
-    assert read_manifest(storage, 8).base.folder.startswith("base/step-00000008")  # type: ignore[union-attr]
+    assert read_manifest(storage, 8).base.folder.startswith("base/step-00000008")
     whole, _ = run(waiting.model_copy(update={"name": "whole"}))
     assert state_digest(state) == state_digest(whole)
 

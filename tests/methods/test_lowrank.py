@@ -68,7 +68,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def lora(**settings: object) -> LoraConfig:
-    return LoraConfig(**{"lora_rank": 4, "alpha": 10.0, **settings})  # type: ignore[arg-type]
+    return LoraConfig(**{"lora_rank": 4, "alpha": 10.0, **settings})
 
 
 def test_wrapping_leaves_the_function_unchanged_and_every_block_linear_wrapped(model: nn.Module) -> None:

@@ -61,7 +61,7 @@ def messages(coordinator: Coordinator) -> list[str]:
 async def begin(coordinator: Coordinator, size: int = 2, group: str = "a") -> list[Start]:
     starts = await asyncio.gather(*(coordinator.join(member(rank, size, group)) for rank in range(size)))
     assert all(starts)
-    return starts  # type: ignore[return-value]
+    return starts
 
 
 @pytest.fixture

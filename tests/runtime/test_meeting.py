@@ -36,7 +36,7 @@ def total(begun: Start, listener: int, value: float, timeout_s: float = 20) -> f
     timeout = timedelta(seconds=timeout_s)
     group = dist.ProcessGroupGloo(meeting(begun, listener, timeout), begun.rank, begun.size, timeout=timeout)
     tensor = torch.tensor([value])
-    group.allreduce([tensor]).wait()
+    group.allreduce([tensor]).wait()  # type: ignore[attr-defined]
     return float(tensor)
 
 

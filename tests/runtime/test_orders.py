@@ -46,7 +46,7 @@ class Play:
 
     def with_rank(self, rank: int, **changes: object) -> Play:
         ranks = list(self.ranks)
-        ranks[rank] = replace(ranks[rank], **changes)  # type: ignore[arg-type]
+        ranks[rank] = replace(ranks[rank], **changes)
         return replace(self, ranks=tuple(ranks))
 
     def all(self, doing: str) -> bool:

@@ -127,7 +127,7 @@ class Tuned:
         """Whether the point goes on. Its record is as its trial leaves it."""
         if number not in self._trials:
             self._trials[number] = SimpleNamespace(trial_id=str(number), config={"number": number}, stub=False)
-            self._scheduler.on_trial_add(None, self._trials[number])  # type: ignore[arg-type]
+            self._scheduler.on_trial_add(None, self._trials[number])
         if number not in {p.number for p in read_points(self._folder)}:
             put_point(self._folder, point(number, loss, state="begun", step={1: 15, 2: 27, 4: 51}[rung]))
         decision = self._scheduler.on_trial_result(None, self._trials[number], {"rung": rung, "loss": loss})
@@ -190,7 +190,7 @@ def test_population_goes_from_rung_to_rung(data: Path, tmp_path: Path, monkeypat
     space = {"method.lora_rank": [2, 4, 8, 16]}
     overrides = (f"storage={tmp_path}", f"data.path={data}", "method.merge_every_steps=3", "checkpoint.keep_last=1")
     spec = sweep(tmp_path, *overrides, space=space, population={}, seeds=[1])
-    trainer = _Trainer(spec, set(), Silent())  # type: ignore[arg-type]
+    trainer = _Trainer(spec, set(), Silent())
 
     def play(searcher: _Generations) -> list[list[tuple[int, int]]]:
         """By generation: the points that are trained, and to which rung."""
@@ -294,7 +294,7 @@ def test_record_answers_with_every_rungs_own_loss(tmp_path: Path) -> None:
     known = point(0, 1.0, step=6)
     known.losses |= {9: {1: 0.75}, 12: {1: 0.5}}
     put_point(folder, known)
-    trainer = _Trainer(spec, set(), Silent())  # type: ignore[arg-type]
+    trainer = _Trainer(spec, set(), Silent())
     assert list(trainer.train(0, 3)) == [(1, known.loss_at(6)), (2, 0.75), (3, 0.5)]
 
 
@@ -316,7 +316,7 @@ def test_point_that_ends_is_recorded_and_others_go_on(
     spec = sweep(tmp_path, f"storage={tmp_path}")
     folder = Storage(f"{tmp_path}/tiny")
     put_point(folder, Point(0, spec.points[0]))
-    assert list(_Trainer(spec, set(), Silent()).train(0, 1)) == []  # type: ignore[arg-type]
+    assert list(_Trainer(spec, set(), Silent()).train(0, 1)) == []
     found = read_point(folder, 0)
     assert found.state == state
     assert found.why.startswith(why)
@@ -338,7 +338,7 @@ def test_loss_that_is_not_finite_is_divergence(data: Path, tmp_path: Path, monke
     folder = Storage(f"{tmp_path}/tiny")
     for number in (0, 1):
         put_point(folder, Point(number, spec.points[number]))
-    trainer = _Trainer(spec, set(), Silent())  # type: ignore[arg-type]
+    trainer = _Trainer(spec, set(), Silent())
     assert [rung for rung, _ in trainer.train(0, 1)] == [1]
     assert tries == ["0000-seed1"] * 2
     monkeypatch.setattr(module, "held_out_loss", lambda *_: None)

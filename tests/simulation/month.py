@@ -509,7 +509,7 @@ def simulate_case(case: tuple[str, int]) -> tuple[Result, float]:
     name, seed = case
     logging.disable(logging.CRITICAL)
     began = time.process_time()
-    return Month(seed, **CASES[name]).run(), time.process_time() - began  # type: ignore[arg-type]
+    return Month(seed, **CASES[name]).run(), time.process_time() - began
 
 
 def report(results: dict[str, tuple[Result, float]], seed: int) -> str:

@@ -29,7 +29,7 @@ def test_grid_is_all_combinations(tmp_path: Path) -> None:
     cfg = found.config(3, found.points[3], 2)
     assert (cfg.name, cfg.storage, cfg.seed) == ("0003-seed2", "runs/tiny", 2)
     assert cfg.merges == (12,)
-    assert cfg.method.lora_rank == 8  # type: ignore[union-attr]
+    assert cfg.method.lora_rank == 8
 
 
 def test_rungs_are_cycle_ends_that_all_points_have(tmp_path: Path) -> None:
