@@ -16,13 +16,13 @@ import contextlib
 import json
 import logging
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
 
+from relora_ray import clock
 from relora_ray.checkpoint import Commits, Outcome, Share
 from relora_ray.checkpoint.checkpointer import LAST_WORDS_S
 from relora_ray.checkpoint.manifest import Rollback
@@ -81,7 +81,7 @@ class Coordinator:
         self._resize = ""
         self._not_before = 0.0
         """The next attempt's time, after a pause."""
-        self._last_step, self._last_step_time = 0, time.time()
+        self._last_step, self._last_step_time = 0, clock.now()
         logging.getLogger("relora_ray").addHandler(_Log(self.warn))
 
     # Attempts.
@@ -114,7 +114,7 @@ class Coordinator:
 
     async def _begin(self, gathering: _Gathering) -> None:
         """Begin an attempt with these agents, unless they are of no use any more when the time has come."""
-        await asyncio.sleep(self._not_before - time.monotonic())
+        await asyncio.sleep(self._not_before - clock.monotonic())
         await self._own()
         async with self._committing:  # it will look for the newest checkpoint
             if gathering is not self._gathering:
@@ -190,7 +190,7 @@ class Coordinator:
 
     def bad_nodes(self) -> list[str]:
         """Ray's ids of machines to do without for the moment."""
-        return self._failures.bad_nodes(time.monotonic())
+        return self._failures.bad_nodes(clock.monotonic())
 
     def _find(self, attempt: str) -> _Attempt | None:
         """The attempt of that name, if it is under way."""
@@ -233,7 +233,7 @@ class Coordinator:
             self._record(ended, cause.text)
         if planned or self._fatal:
             return
-        now, others = time.monotonic(), len({member.node for member in ended.members.values()}) > 1
+        now, others = clock.monotonic(), len({member.node for member in ended.members.values()}) > 1
         if bad := self._failures.failed(now, stepped=ended.trained, node=node, others=others):
             self.warn(bad)
         if too_many := self._failures.too_many():
@@ -364,8 +364,8 @@ class Coordinator:
             "world_size": attempt.size,
             "digest_before": before.digests[after.rank],
             "digest_after": after.digest,
-            "boundary_s": time.time() - before.began,
-            "unix_time": time.time(),
+            "boundary_s": clock.now() - before.began,
+            "unix_time": clock.now(),
         }
         self._put_page(f"ledger/step-{after.step:08d}-{attempt.name}.json", page)
 
@@ -432,7 +432,7 @@ class Coordinator:
             if not mine.trained:
                 mine.trained = True
                 self._record(mine)
-            self._last_step, self._last_step_time = event["step"], time.time()
+            self._last_step, self._last_step_time = event["step"], clock.now()
 
     def _record(self, attempt: _Attempt, ended_by: str = "") -> None:
         """An attempt trains, or ended before it did: record what that has cost since the record before."""
@@ -447,10 +447,10 @@ class Coordinator:
             "world_size": attempt.size,
             "from_step": attempt.from_step,
             "steps_lost": max(0, self._last_step - begun_from),
-            "down_s": time.time() - self._last_step_time,
-            "unix_time": time.time(),
+            "down_s": clock.now() - self._last_step_time,
+            "unix_time": clock.now(),
         }
-        self._last_step, self._last_step_time = begun_from, time.time()
+        self._last_step, self._last_step_time = begun_from, clock.now()
         self._tally(page)
         if attempt.trained:
             self._events.append(page)
@@ -554,7 +554,7 @@ class _Boundary:
     """Who has come to a boundary, and what becomes of them."""
 
     def __init__(self) -> None:
-        self.began = time.time()
+        self.began = clock.now()
         self.digests: dict[int, int] = {}
         self.verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 

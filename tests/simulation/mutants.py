@@ -15,7 +15,7 @@ from relora_ray.checkpoint.commit import rollback_path
 from relora_ray.checkpoint.history import Pin
 from relora_ray.errors import StorageError
 from relora_ray.storage import Storage
-from tests.simulation.run import Driver
+from tests.simulation.run import Driver, Trainer
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 
@@ -26,7 +26,7 @@ def reader_deletes(patch: pytest.MonkeyPatch) -> None:
 
     def set_aside(driver: Driver, path: str) -> None:
         with contextlib.suppress(StorageError):
-            driver._storage.delete(path)
+            driver.storage.delete(path)
 
     patch.setattr(Driver, "pass_over", set_aside)
 
@@ -51,14 +51,14 @@ def newest_is_the_highest_step(patch: pytest.MonkeyPatch) -> None:
 def rollbacks_are_not_fenced(patch: pytest.MonkeyPatch) -> None:
     """An attempt that was given up has the run go back."""
 
-    def roll_back(commits: Commits, record: Rollback) -> Outcome:
+    def store(trainer: Trainer, record: Rollback) -> Outcome:
         try:
-            commits._storage.put_new(rollback_path(record), record.model_dump_json().encode())
+            trainer._storage.put_new(rollback_path(record), record.model_dump_json().encode())
         except (StorageError, FileExistsError) as error:
             return Outcome(manifest=None, error=str(error))
         return Outcome(manifest=None)
 
-    patch.setattr(Commits, "roll_back", roll_back)
+    patch.setattr(Trainer, "store", store)
     patch.setattr(rollback, "attempt_key", lambda attempt: (0, 0))
 
 

@@ -11,6 +11,7 @@ ago. But it is not wrong twice in a row when the same process asks the same agai
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import heapq
 import itertools
@@ -42,6 +43,8 @@ class World:
         self.bucket: dict[str, bytes] = {}
         self.faults = True
         self.log: list[str] = []
+        self.failures: list[BaseException] = []
+        """What processes ended with."""
         self.num_requests, self._max_requests = 0, max_requests
         self._past: list[tuple[float, frozenset[str]]] = []
         """What was there, for listings that are old."""
@@ -65,9 +68,11 @@ class World:
         clock.sleep = self.sleep
         storage.in_parallel = _one_by_one
         try:
-            while self._queue:
+            while self._queue and not self.failures:
                 self.time, _, action = heapq.heappop(self._queue)
                 action()
+            if self.failures:
+                raise self.failures[0]
             if self.num_requests > self._max_requests:
                 raise Stuck(f"after {self.num_requests} requests there is no end")
         finally:
@@ -78,10 +83,19 @@ class World:
         self.at(self.time + seconds, process.resume)
         self.pause()
 
+    def message(self) -> None:
+        """One arrives at, or leaves, the current process, if it is not cut off."""
+        self.sleep(self.random.expovariate(50.0))
+        while Process.current().is_cut_off:
+            self.pause()
+
     def pause(self) -> None:
         """Let the others go on, until somebody resumes this process."""
         assert self._hub is not None
+        loop = asyncio._get_running_loop()  # of the thread, which all processes share
+        asyncio._set_running_loop(None)
         self._hub.switch()
+        asyncio._set_running_loop(loop)
 
     def say(self, text: str) -> None:
         self.log.append(f"{self.time - 1e9:9.2f}  {Process.name_of_current():12} {text}")
@@ -162,12 +176,12 @@ class Process(greenlet):
         self, world: World, name: str, work: Callable[[], object], *, stop_rate: float = 0.0, calm: bool = False
     ) -> None:
         super().__init__(self._run)
-        self._world, self.name, self._work = world, name, work
+        self.world, self.name, self._work = world, name, work
         self.stop_rate, self.calm = stop_rate, calm
         self.misled = ""
-        self.failure: BaseException | None = None
         self.children: list[Process] = []
-        self._doomed = False
+        self._owner: Process | None = None
+        self._doomed = self._cut_off = False
 
     @classmethod
     def current(cls) -> Process:
@@ -186,7 +200,7 @@ class Process(greenlet):
         except GreenletExit:
             pass
         except BaseException as error:
-            self.failure = error
+            self.world.failures.append(error)
 
     def resume(self) -> None:
         if self.dead:
@@ -203,9 +217,46 @@ class Process(greenlet):
         for child in self.children:
             child.kill()
 
+    def cut_off(self) -> None:
+        """It and its children reach storage, and no other process."""
+        self._cut_off = True
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self._cut_off or (self._owner is not None and self._owner.is_cut_off)
+
     @property
     def over(self) -> bool:
         return self.dead or self._doomed
+
+    def beside(self, name: str, work: Callable[[], object]) -> Process:
+        """Start another thread or process that dies with this one."""
+        made = Process(self.world, f"{self.name}/{name}", work, stop_rate=self.stop_rate, calm=self.calm)
+        made._owner = self
+        if self._doomed:
+            return made
+        self.children.append(made)
+        self.world.start(made)
+        return made
+
+
+class Signal:
+    """Something that processes wait for."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self.given = world, False
+        self._waiting: list[Process] = []
+
+    def give(self) -> None:
+        self.given = True
+        for process in self._waiting:
+            self._world.at(self._world.time, process.resume)
+        self._waiting.clear()
+
+    def wait(self) -> None:
+        while not self.given:
+            self._waiting.append(Process.current())
+            self._world.pause()
 
 
 class _FileSystem:
