@@ -1,6 +1,7 @@
 """Seconds from a fault to the first new step, here and with stock Ray Train, on a real Ray cluster on this machine.
 
 python benchmarks/elasticity.py [--rounds 3] [--faults killed lost drained added] > benchmarks/results/elasticity.md
+python benchmarks/elasticity.py --against CHECKOUT    an earlier version of this project in place of stock Ray Train
 
 Both train the same small model by the same loop and save every 20 steps; every case has a cluster of its own, and the
 two opponents take turns. Stock is TorchTrainer with elastic workers and its default settings, whose workers call
@@ -149,6 +150,12 @@ def one(opponent: str, fault: str, data: Path) -> tuple[float, int]:
         machines.kill()
 
 
+def checked_out(folder: Path) -> str:
+    """The commit there."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
 def wait(done: Any) -> None:
     until = time.monotonic() + LIMIT_S
     while not done():
@@ -162,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--only", choices=("here", "stock"))
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure this version in place of stock")
     parser.add_argument("--case", nargs=3, metavar=("OPPONENT", "FAULT", "DATA"), help="one measurement, as JSON")
     args = parser.parse_args()
     if args.case:
@@ -170,23 +178,29 @@ def main() -> None:
     logging.disable(logging.WARNING)
     root = Path(__file__).parent.parent / "configs/quickstart"
     data = Path(make_data(root / "austen.txt.bz2", root / "tokenizer", Path(tempfile.mkdtemp())))
-    opponents = [args.only] if args.only else ["here", "stock"]
+    other = "before" if args.against else "stock"
+    opponents = [args.only] if args.only else ["here", other]
     print(f"# From a fault to the next step\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n")
     print(f"Machine: {machine()}; Ray {ray.__version__}. Version: {version()}.")
-    print(f"Command: `python benchmarks/elasticity.py --rounds {args.rounds}`\n")
-    print("| fault | here, s | steps again | stock, s | steps again | stock / here | all rounds |")
+    against = f" Before: {checked_out(args.against)}." if args.against else ""
+    flag = " --against CHECKOUT" if args.against else ""
+    print(f"Command: `python benchmarks/elasticity.py --rounds {args.rounds}{flag}`{against}\n")
+    print(f"| fault | here, s | steps again | {other}, s | steps again | {other} / here | all rounds |")
     print("|---|---|---|---|---|---|---|")
     for fault in args.faults:
         found: dict[str, list[tuple[float, int]]] = {opponent: [] for opponent in opponents}
         for _ in range(args.rounds):
             for opponent in opponents:
-                command = [sys.executable, __file__, "--case", opponent, fault, str(data)]
-                said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+                root = args.against if opponent == "before" else Path(__file__).parent.parent
+                what = "here" if opponent == "before" else opponent
+                command = [sys.executable, str(root / "benchmarks/elasticity.py"), "--case", what, fault, str(data)]
+                env = os.environ | {"PYTHONPATH": str(root)}
+                said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env, cwd=root).stdout
                 found[opponent].append(tuple(json.loads(said.splitlines()[-1])))
                 print(fault, opponent, found[opponent][-1], file=sys.stderr, flush=True)
         seconds = {opponent: median(s for s, _ in values) for opponent, values in found.items()}
         cells = [f"{seconds[o]:.1f} | {median(n for _, n in found[o]):.0f}" for o in opponents]
-        ratio = f"{seconds['stock'] / seconds['here']:.1f}" if len(opponents) == 2 else ""
+        ratio = f"{seconds[other] / seconds['here']:.1f}" if len(opponents) == 2 else ""
         rounds = "; ".join(f"{o} " + ", ".join(f"{s:.1f}" for s, _ in found[o]) for o in opponents)
         print(f"| {fault} | {' | '.join(cells)} | {ratio} | {rounds} |", flush=True)
 

@@ -192,6 +192,11 @@ class Coordinator:
         """Ray's ids of machines to do without for the moment."""
         return self._failures.bad_nodes(clock.monotonic())
 
+    def nodes(self) -> list[str]:
+        """Ray's ids of the machines of the worker group, as far as its agents have come."""
+        members = self._gathering.members if self._attempt is None else self._attempt.members
+        return sorted({member.node for member in members.values()})
+
     def _find(self, attempt: str) -> _Attempt | None:
         """The attempt of that name, if it is under way."""
         return self._attempt if self._attempt is not None and self._attempt.name == attempt else None

@@ -187,14 +187,14 @@ if not missing:
             """Machines that Ray takes for alive and that do not answer."""
             self._left_out: set[str] = set()
             """Machines on which attempts fail again and again, and without which there are enough."""
-            self._placed_without: set[str] = set()
-            """Those among them on which no worker of this group was placed."""
             self._in_their_place = 0
-            """How many more workers Ray is asked for than there may be, as it takes bad machines for good ones."""
+            """How many more workers Ray is asked for than there may be, as it counts machines that are bad or leave."""
             self._possible, self._possible_since = 0, 0.0
             self._asked: int | None = None
             """The size that the ranks were asked to store their state for."""
             self._ask_again_at = 0.0
+            self._reserved: set[str] = set()
+            """Machines that Ray has for us, fit to be used or not."""
             self._leaving: set[str] = set()
             """Machines that are being drained."""
             self._told_leaving: set[str] = set()
@@ -219,7 +219,6 @@ if not missing:
         def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
             """Keep Ray from placing workers on machines that it does not yet know to be gone, or that are left out."""
             self._size, self._asked = num_workers, None
-            self._placed_without = set(self._left_out)
             without = self._gone | self._left_out
             return {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
 
@@ -249,30 +248,30 @@ if not missing:
             resources = self._look()
             if resources is None:
                 return NoopDecision()
-            leaving = self._leaving
-            bad = self._left_out - self._placed_without
-            """Workers may be there: the group is replaced even if its size stays."""
+            possible, leaving = self._room(resources), self._leaving
+            off = self._to_get_off(leaving) if possible >= self._min else set()
+            """The group is replaced even if its size stays."""
             if self._asked is not None and not (is_asked := self._call("is_asked")):
                 # The attempt ended, or nothing could be stored.
-                if bad and is_asked is False:  # on such a machine it may never be: what is there to lose is lost
+                # On a bad machine it may never be: what is there to lose is lost.
+                if off & self._left_out and is_asked is False:
                     return self._resize(size, self._asked, at_once=True)
                 self._asked, self._ask_again_at = None, now + ASK_AGAIN_S
                 self._told_leaving.clear()
-            possible = self._room(resources)
             if possible != self._possible:
                 self._possible, self._possible_since = possible, now
             wanted = size if possible < self._min else possible
-            takes_in = wanted > size or (wanted == size and bad)
+            takes_in = wanted > size or (wanted == size and off)
             if takes_in and not (self._are_warm(resources) and now - self._possible_since >= STEADY_S):
-                wanted, bad = size, set()
+                wanted, off = size, set()
             if now < self._ask_again_at:
                 return NoopDecision()
-            stays = wanted == size and not bad
+            stays = wanted == size and not off
             if not stays and wanted != self._asked:
                 cause = "machines came or went"
-                if bad:
+                if off & self._left_out:
                     cause = "attempts failed again and again on a machine"
-                elif leaving and wanted < size:
+                elif off or (leaving and wanted < size):
                     cause = "machines are being drained"
                 if self._ask(leaving, f"{cause}: {size} -> {wanted} workers", wait=True):
                     self._asked = wanted
@@ -280,9 +279,14 @@ if not missing:
                 self._call("go_on")
                 self._asked = None
             elif stays and leaving - self._told_leaving:
-                # There is nobody to go on without them: at least the state is stored.
+                # Nobody can go on without them, or not yet: at least the state is stored.
                 self._ask(leaving, "machines are being drained", wait=False)
             return NoopDecision()
+
+        def _to_get_off(self, leaving: set[str]) -> set[str]:
+            """Machines that the group should not be on, and is."""
+            avoided = self._left_out | leaving
+            return avoided & set(self._call("nodes") or []) if avoided else set()
 
         def _are_warm(self, nodes: Iterable[str]) -> bool:
             """Whether new machines have imported everything, as they are told to here while training goes on."""
@@ -368,11 +372,13 @@ if not missing:
 
         def _see(self) -> dict[str, Resources]:
             """What each machine has for us now, without those that are being drained, do not answer or are left out."""
-            bad = self._ask_for_more_than_bad_ones()
+            named = self._call("bad_nodes") if hasattr(self._coordinator, "bad_nodes") else None
+            self._leaving = self._being_drained()
+            bad = self._ask_for_others(named or [], self._leaving & self._reserved)
             found = ray.get(
                 self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, True), timeout=CALL_S
             )
-            self._leaving = self._being_drained()
+            self._reserved = set(found)
             self._gone = _unreachable(found) if time.monotonic() < self._doubt_until else set()
             usable = {node: there for node, there in found.items() if node not in self._leaving | self._gone}
             return self._leave_out(bad, usable)
@@ -389,15 +395,15 @@ if not missing:
                 )
                 return set()
 
-        def _ask_for_more_than_bad_ones(self) -> dict[str, str]:
-            """Machines on which attempts fail again and again, the worst first, with their addresses. Ray reserves
-            machines for us and starts others only as long as we ask for more than fits on these."""
-            named = self._call("bad_nodes") if hasattr(self._coordinator, "bad_nodes") else None
-            if not named and not self._in_their_place:
+        def _ask_for_others(self, named: list[str], leaving: set[str]) -> dict[str, str]:
+            """In place of machines that are `named` as bad, the worst first, and of those that are `leaving`: Ray
+            reserves machines for us and starts others only as long as we ask for more than fits on these. Returns the
+            bad ones with their addresses."""
+            if not named and not leaving and not self._in_their_place:
                 return {}
             alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-            bad = [node for node in named or [] if node in alive]
-            in_their_place = sum(self._fit(alive[node]["Resources"]) for node in bad)
+            bad = [node for node in named if node in alive]
+            in_their_place = sum(self._fit(alive[node]["Resources"]) for node in {*bad, *leaving} & alive.keys())
             if in_their_place != self._in_their_place:
                 self._in_their_place = in_their_place
                 self._send_resource_request()

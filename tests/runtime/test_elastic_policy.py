@@ -38,6 +38,7 @@ class Coordinator:
     def __init__(self) -> None:
         self.warned: list[str] = []
         self.bad: list[str] = []
+        self.used: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
         self.asked = self.paused = False
 
@@ -46,6 +47,9 @@ class Coordinator:
 
     def bad_nodes(self) -> list[str]:
         return self.bad
+
+    def nodes(self) -> list[str]:
+        return self.used
 
     def ask_to_save(self, leaving: list[str], cause: str, wait: bool) -> bool:
         self.calls.append(("ask_to_save", leaving, cause, wait))
@@ -115,7 +119,11 @@ class Cluster:
         return decision.num_workers, self.place(policy, decision.num_workers)
 
     def place(self, policy: Any, workers: int) -> Any:
-        return policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=workers)
+        where = policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=workers)
+        without = where["ray.io/node-id"] if where else ""
+        there = [name for name in self.machines if name not in self.draining and name not in without.strip("!in()")]
+        self.coordinator.used = there[:workers]
+        return where
 
     def look(self, policy: Any, size: int, seconds: float = 10.0) -> list[Any]:
         """The resizes decided in so many seconds while a group of this size runs."""
@@ -318,6 +326,37 @@ def test_group_on_a_bad_machine_is_replaced_if_its_attempts_end_before_their_sta
     assert decision.num_workers == 1
     assert cluster.coordinator.calls[-1] == ("resizing",)
     assert cluster.place(policy, 1) == {"ray.io/node-id": "!in(b)"}
+
+
+def test_group_leaves_a_drained_machine_for_one_that_is_ready(cluster: Cluster) -> None:
+    """The size stays: it is the machines that change, before the notice is over."""
+    cluster.machines = ["a", "b", "c"]
+    policy = cluster.policy(2, 2)
+    assert cluster.start(policy) == (2, None)
+    cluster.draining = {"c": 0}
+    assert cluster.look(policy, 2, 60) == [], "nobody is on it"
+    assert cluster.coordinator.calls == [("ask_to_save", ["c"], "machines are being drained", False)]
+    cluster.coordinator.asked = False
+    cluster.draining = {"b": 0}
+    assert cluster.look(policy, 2, 60) == [], "it has been asked to store its state first"
+    calls = cluster.coordinator.calls[1:]
+    assert calls[-1] == ("ask_to_save", ["b"], "machines are being drained: 2 -> 2 workers", True)
+    cluster.coordinator.paused = True
+    (decision,) = cluster.look(policy, 2, 1)
+    assert decision.num_workers == 2
+    cluster.place(policy, 2)
+    assert cluster.coordinator.used == ["a", "c"]
+    cluster.coordinator.paused = cluster.coordinator.asked = False
+    assert cluster.look(policy, 2, 100) == [], "once is enough"
+
+
+def test_state_is_stored_where_no_other_machine_is_ready(cluster: Cluster) -> None:
+    cluster.machines = ["a", "b"]
+    policy = cluster.policy(2, 2)
+    assert cluster.start(policy) == (2, None)
+    cluster.draining = {"b": 0}
+    assert cluster.look(policy, 2, 60) == []
+    assert cluster.coordinator.calls == [("ask_to_save", ["b"], "machines are being drained", False)]
 
 
 # Too few machines.

@@ -84,8 +84,6 @@ class Result:
     """By what the attempt began after."""
     resizes_lost: int = 0
     """Steps that were lost at a resize."""
-    only_stored: int = 0
-    """Notices after which the state was stored and the group stayed, as another machine had come at the same time."""
     bad_s: float = 0.0
     bad_attempts: int = 0
     page_bytes: int = 0
@@ -120,7 +118,7 @@ class Month:
         limit: int = 20,
     ) -> None:  # fmt: skip
         """`bad`: one of the machines is. `leave_out`: the run does without it. `limit`: cluster.max_failures."""
-        self._world = SomeFaults(seed, max_requests=10**8)
+        self._seed, self._world = seed, SomeFaults(seed, max_requests=10**8)
         self._storage = bucket_storage(self._world, "runs/month")
         self._failures = Failures(limit)
         self._leave_out, self._save_every = leave_out, save_every
@@ -148,6 +146,7 @@ class Month:
         """The checkpoint that was acknowledged last."""
 
     def run(self) -> Result:
+        random.seed(self._seed)  # pauses between tries
         began = self._world.time
         self._at(began + self.result.days * DAY_S, self._end)
         self._at(began + self._fate.expovariate(1 / FAIL_EVERY_S), self._fail_somewhere)
@@ -232,7 +231,7 @@ class Month:
             return
         wanted = len(self._usable())
         ranks = [rank for rank, machine in enumerate(self._group) if machine in self._leaving]
-        if wanted != size:
+        if wanted != size or ranks:  # with as many machines, but others
             if wanted != self._asked:
                 self._orders, self._asked = self._orders.ask(wait=True, leaving=ranks), wanted
                 self._told_leaving |= self._leaving
@@ -241,7 +240,6 @@ class Month:
         elif self._leaving - self._told_leaving:
             self._orders = self._orders.ask(wait=False, leaving=ranks)
             self._told_leaving |= self._leaving
-            self.result.only_stored += bool(ranks)
 
     # The coordinator and the ranks.
 
@@ -552,8 +550,7 @@ Command: `python -m tests.simulation.month --seed {seed}`
 
 Goodput: seconds of steps that count at the end, of all seconds. Neither: restarts, pauses, saves that were asked for, \
 and steps that were broken off. At the end there are {first.objects} objects in the bucket, after {first.commits:,} \
-commits. After {first.only_stored} notices the state was stored and the group stayed, until the machine was lost: a \
-new one had come meanwhile, and the size was to stay the same.
+commits.
 """
 
 
