@@ -20,13 +20,14 @@ from relora_ray.config_file import parse_config
 from relora_ray.errors import RunBusyError
 from relora_ray.export import export
 from relora_ray.fork import fork
+from relora_ray.loop import TrainState
 from relora_ray.metrics import read
 from relora_ray.runs import read_config, run_storage
 from relora_ray.status import status
 from relora_ray.storage import Storage
 from tests.conftest import ROOT
 from tests.s3 import BUCKET, Server
-from tests.tiny import losses, run, state_digest
+from tests.tiny import losses, run, state_tensors
 
 CONFIG = """
 name: before
@@ -54,22 +55,27 @@ def config(place: Path, *overrides: str) -> RunConfig:
     return parse_config(CONFIG, [f"storage={place}", f"data.path={place}/data", *overrides])
 
 
-def undisturbed(place: Path) -> tuple[dict[int, float], int]:
-    """Of a run that this version trained from its start: losses by step, and the digest of its last state."""
+def undisturbed(place: Path) -> tuple[dict[int, float], TrainState]:
+    """Of a run that this version trained from its start: losses by step, and its last state."""
     state, records = run(config(place, "name=undisturbed"))
-    return losses(records), state_digest(state)
+    return losses(records), state
 
 
-def assert_went_on(cfg: RunConfig, expected: tuple[dict[int, float], int]) -> None:
-    """Bit for bit, if this machine computes the bits of the one that stored the run."""
+def assert_went_on(cfg: RunConfig, expected: tuple[dict[int, float], TrainState]) -> None:
+    """Not bit for bit: another processor than this one may have stored the run."""
     state, after = run(cfg)
     assert losses(after).keys() == {8, 9, 10, 11, 12}
     assert [r["step"] for r in after if r["kind"] == "attempt"] == [7]
     whole = {r["step"]: r["loss"] for r in read(run_storage(cfg), "train")}
-    if any(whole[step] != expected[0][step] for step in range(1, 8)):
-        assert whole == pytest.approx(expected[0], rel=1e-5)
-    else:
-        assert (whole, state_digest(state)) == expected
+    assert whole == pytest.approx(expected[0], rel=1e-5)
+    assert_close(state, expected[1])
+
+
+def assert_close(state: TrainState, expected: TrainState) -> None:
+    """Measured between two processors: 5e-7. An update more or less is 1e-2."""
+    for ours, theirs in zip(state_tensors(state), state_tensors(expected), strict=True):
+        difference = (ours.double() - theirs.double()).abs().max().item()
+        assert difference <= 1e-5 * theirs.abs().max().item()
 
 
 def test_it_goes_on_to_the_end(place: Path) -> None:
@@ -146,6 +152,6 @@ def test_it_goes_on_from_where_it_had_gone_back_to(place: Path) -> None:
     assert [r["step"] for r in after if r["kind"] == "attempt"] == [6]
     by_hand, _ = run(config(place, "name=hand", "train.skip_steps=[6]"))
     assert state.position.counters.rollbacks == 1
-    assert state_digest(state) == state_digest(by_hand)
+    assert_close(state, by_hand)
     assert read_manifest(run_storage(config(place)), 12).rollbacks[0].to_step == 6
     assert [r["step"] for r in run(config(place))[1] if r["kind"] == "attempt"] == [12]

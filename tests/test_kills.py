@@ -23,7 +23,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.daemons import free_port
 from relora_ray.checkpoint import checkpointer, list_manifests, read_manifest
 from relora_ray.checkpoints import prune, verify
 from relora_ray.config import RunConfig
@@ -44,6 +43,8 @@ PHASES = {
 }  # fmt: skip
 """With the number of times to choose from."""
 STEPS = 39
+KILLS = int(os.environ.get("KILLS", "50"))
+"""Of these, every fifth is of one of two processes."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -51,11 +52,11 @@ _context.set_forkserver_preload(
 )
 
 
-def live(cfg: RunConfig, log: str, rank: int, size: int, port: int, point: Point | None) -> None:
+def live(cfg: RunConfig, log: str, rank: int, size: int, meeting: str, point: Point | None) -> None:
     """One life of one rank: trains to the end, or to `point`."""
     torch.set_num_threads(1)
     if size > 1:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     seen: Counter[str] = Counter()
 
     def reach(phase: str) -> None:
@@ -104,9 +105,9 @@ def _announce_phases(reach: Callable[[str], None]) -> None:
 
 def one_life(cfg: RunConfig, log: Path, size: int, victim: int = 0, point: Point | None = None) -> bool:
     """Whether it came to the end. When one rank dies the others are ended too, as Ray does."""
-    port = free_port()
+    meeting = str(log.with_name(f"meeting-{os.urandom(4).hex()}"))
     ranks: list[BaseProcess] = [
-        _context.Process(target=live, args=(cfg, str(log), rank, size, port, point if rank == victim else None))
+        _context.Process(target=live, args=(cfg, str(log), rank, size, meeting, point if rank == victim else None))
         for rank in range(size)
     ]
     for process in ranks:
@@ -182,12 +183,12 @@ def killed_again_and_again(make: Callable[..., RunConfig], tmp_path: Path, *, se
     assert len(tried) >= min(kills, len(PHASES)) - 2
 
 
-def test_training_process_killed_at_80_points(run_on_s3: Callable[..., RunConfig], tmp_path: Path) -> None:
-    killed_again_and_again(run_on_s3, tmp_path, seed=1, size=1, kills=80)
+def test_training_process_killed_at_many_points(run_on_s3: Callable[..., RunConfig], tmp_path: Path) -> None:
+    killed_again_and_again(run_on_s3, tmp_path, seed=1, size=1, kills=KILLS - KILLS // 5)
 
 
-def test_one_of_two_processes_killed_at_20_points(run_on_s3: Callable[..., RunConfig], tmp_path: Path) -> None:
-    killed_again_and_again(run_on_s3, tmp_path, seed=2, size=2, kills=20)
+def test_one_of_two_processes_killed_at_many_points(run_on_s3: Callable[..., RunConfig], tmp_path: Path) -> None:
+    killed_again_and_again(run_on_s3, tmp_path, seed=2, size=2, kills=KILLS // 5)
 
 
 @pytest.mark.parametrize(

@@ -97,15 +97,15 @@ class Commits:
         self._pruning, self._to_prune = threading.Lock(), list[Manifest]()
         """Held by the one call of `prune` that works; the newest checkpoint that it is yet to prune after, if any."""
 
-    def fence(self, attempt: str) -> None:
+    def fence(self, attempt: str, *, own: bool = True) -> None:
         """SupersededError unless `attempt` is the run's latest. Asked before and after every write that decides
-        something: see ownership.py."""
+        something: see ownership.py, also for `own`."""
         if not self._is_current(attempt):
             raise SupersededError(
                 f"attempt {attempt} of {self._storage.url} was given up, and another one has begun. It stops now, and "
                 f"stores nothing more."
             )
-        refuse_if_superseded(self._storage, attempt)
+        refuse_if_superseded(self._storage, attempt, own=own)
 
     def commit(self, shares: Sequence[Share]) -> Outcome:
         """Never raises: a failure of any kind is an outcome that every rank hears of."""
@@ -139,7 +139,7 @@ class Commits:
 
         SupersededError if a later attempt has begun. What was stored all the same is inert by its name.
         """
-        self.fence(attempt)
+        self.fence(attempt, own=False)  # once is enough
         try:
             self._storage.put_new(path, record)
         except FileExistsError as error:

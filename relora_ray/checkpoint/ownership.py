@@ -134,11 +134,11 @@ def succeed(storage: Storage, term: Term) -> Term:
     return Term(newest.number + 1, term.driver)
 
 
-def refuse_if_superseded(storage: Storage, attempt: str) -> None:
+def refuse_if_superseded(storage: Storage, attempt: str, *, own: bool = True) -> None:
     """SupersededError if a later term than that of `attempt` has begun, or if its own is another driver's: where the
-    server has no create-once put, two may have claimed one at the same moment."""
+    server has no create-once put, two may have claimed one at the same moment. Not `own`: that is not asked."""
     mine = term_of(attempt)
-    newest = _look(storage, mine.number + 1) or _newest(storage)
+    newest = _look(storage, mine.number + 1) or _newest(storage, after=0 if own else mine.number)
     if newest is not None and _is_after(newest, mine):
         raise _superseded(storage, mine, newest)
 
@@ -231,9 +231,9 @@ def _numbers(storage: Storage) -> list[int]:
     return [int(found[1]) for path in storage.list(TERMS) if (found := _TERM.fullmatch(path))]
 
 
-def _newest(storage: Storage) -> Term | None:
+def _newest(storage: Storage, after: int = 0) -> Term | None:
     number = max(_numbers(storage), default=0)
-    return _read(storage, number) if number else None
+    return _read(storage, number) if number > after else None
 
 
 def _look(storage: Storage, number: int) -> Term | None:

@@ -84,7 +84,7 @@ class Run:
     def place(self) -> str:
         return f"runs/{self.name}"
 
-    def stored(self) -> list[str]:
+    def checkpoints(self) -> list[str]:
         """Checkpoints that are there now."""
         names = (path.removeprefix(f"{self.place}/") for path in self.world.bucket if path.startswith(f"{self.place}/"))
         return sorted(name for name in names if name.startswith("manifests/"))
@@ -255,7 +255,7 @@ class Driver:
                 asked = -1.0
         for agent in agents:
             if agent.process.is_cut_off:
-                self._world.at(self._world.time + self._random.choice([20.0, 100.0, 400.0]), agent.process.kill)
+                self._world.at(self._world.time + self._random.choice([20.0, 60.0, 200.0]), agent.process.kill)
             else:
                 agent.process.kill()
 
@@ -414,6 +414,9 @@ class Trainer:
             if start.rank == 0:
                 self._actor.tell("tell", start.attempt, {"kind": "train", "step": position.step})
             self._poll()
+            if fate.bad_memory and self.process.is_cut_off:
+                self._world.sleep(20.0)
+                self._go_back(position)
             if position.step == fate.diverges_at and position.step not in skip:
                 self._go_back(position)
             if (start.rank, position.step) == fate.fails_at:
@@ -442,6 +445,7 @@ class Trainer:
         return SimpleNamespace(
             fails_at=(choose.randrange(self.start.size), some(0.4)),
             dies=choose.random() < 0.5,
+            bad_memory=choose.random() < 0.3,
             diverges_at=max(3, some(0.25)),
             odd_at=(choose.randrange(self.start.size), some(0.1), choose.choice(["before", "after"])),
         )
@@ -477,8 +481,7 @@ class Trainer:
         if wanted:
             leaving = self._on_first(lambda: self._actor.call("begin_save", self.start.attempt, position.step))
         writers = [r for r in range(self.start.size) if r not in leaving] or list(range(self.start.size))
-        draft = _draft(self._lineage, position, self.start.size)
-        self._saving = Save(self, draft, tuple(writers), state)
+        self._saving = Save(self, draft(self._lineage, position, self.start.size), tuple(writers), state)
         if needed:
             self._settle()
         if wanted:
@@ -549,7 +552,7 @@ class Save:
 
     def _store(self) -> None:
         trainer, rank = self._trainer, self._trainer.start.rank
-        manifest, error = _stored(trainer._storage, self._draft, self._state, rank if rank in self._writers else None)
+        manifest, error = stored(trainer._storage, self._draft, self._state, rank if rank in self._writers else None)
         share = Share(rank=rank, manifest=manifest, writers=self._writers, error=error)
         outcome = Outcome.model_validate_json(trainer._actor.call("commit", share.model_dump_json()))
         if outcome.manifest is not None:
@@ -560,7 +563,7 @@ class Save:
         self.over.give()
 
 
-def _draft(lineage: Lineage, position: SimpleNamespace, size: int) -> dict[str, Any]:
+def draft(lineage: Lineage, position: SimpleNamespace, size: int) -> dict[str, Any]:
     """What a manifest says, less its objects, and which parts there are to store."""
     base, folder = lineage.base_at(position.boundary), lineage.folder("delta", position.step)
     parts = {"delta": folder}
@@ -576,7 +579,7 @@ def _draft(lineage: Lineage, position: SimpleNamespace, size: int) -> dict[str, 
     return {"manifest": manifest, "parts": parts}
 
 
-def _stored(storage: Storage, draft: dict[str, Any], state: str, rank: int | None) -> tuple[Manifest, str]:
+def stored(storage: Storage, draft: dict[str, Any], state: str, rank: int | None) -> tuple[Manifest, str]:
     """The manifest with the objects of a rank, which are stored, and what went wrong."""
     manifest: Manifest = draft["manifest"]
     for kind, folder in draft["parts"].items() if rank is not None else ():
@@ -586,16 +589,16 @@ def _stored(storage: Storage, draft: dict[str, Any], state: str, rank: int | Non
             storage.put(f"{folder}/{name}", data)
         except ReloraError as error:
             return manifest, str(error)
-        stored = StoredObject(path=name, size_bytes=len(data), sha256=sha256(data).hexdigest())
-        manifest = manifest.model_copy(update={kind: Part(folder=folder, objects=(stored,), digest=0)})
+        there = StoredObject(path=name, size_bytes=len(data), sha256=sha256(data).hexdigest())
+        manifest = manifest.model_copy(update={kind: Part(folder=folder, objects=(there,), digest=0)})
     return manifest, ""
 
 
 def _read(storage: Storage, manifest: Manifest) -> str:
     """The state that a checkpoint holds. Broken if its parts are not of one step, or not those of its boundary."""
     for part in manifest.parts:
-        for stored in part.objects:
-            content = json.loads(read_checked(storage, part, stored))
+        for there in part.objects:
+            content = json.loads(read_checked(storage, part, there))
             if part is manifest.base and content["boundary"] != manifest.boundary:
                 raise Broken(f"{manifest.path} names a base of another boundary")
             if part is manifest.delta:
@@ -623,7 +626,7 @@ def _fork(run: Run, storage: Storage, driver: str, choose: random.Random) -> Non
     state = _read(parent, manifest)
     position = SimpleNamespace(step=manifest.step, boundary=manifest.boundary, rollbacks=manifest.rollbacks)
     run.begin(lineage.attempt, (), ())
-    share, error = _stored(storage, _draft(lineage, position, 1), state, 0)
+    share, error = stored(storage, draft(lineage, position, 1), state, 0)
     outcome = Commits(storage, run.cfg).commit([Share(rank=0, manifest=share, writers=(0,), error=error)])
     if outcome.manifest is None:
         raise StorageError(f"the fork could not be stored: {outcome.error}")
@@ -683,7 +686,7 @@ def _check(run: Run, forked: Run | None) -> None:
         not run.finished
         and not run.attempts
         and forked
-        and not any(_step(p) and _step(p) % CYCLE == 0 for p in forked.stored())
+        and not any(_step(p) and _step(p) % CYCLE == 0 for p in forked.checkpoints())
     ):
         return  # there was nothing to fork
     if not run.finished:

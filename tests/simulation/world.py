@@ -114,7 +114,7 @@ class World:
             return act()
         if chance < process.stop_rate and self.strikes():  # swapped out, or its machine is
             self.say(f"stops before {kind} {path}")
-            self.sleep(self.random.choice([20.0, 100.0, 400.0]))
+            self.sleep(self.random.choice([20.0, 60.0, 200.0]))
         elif process.stop_rate <= chance < process.stop_rate + 0.01 and self.strikes():
             self.say(f"503 for {kind} {path}")
             raise OSError("503 Slow Down")
@@ -129,12 +129,12 @@ class World:
             raise OSError("the connection broke off")
         if chance < 0.02:  # it is held up on the way, and given up
             self.say(f"{kind} {path} is late")
-            self.at(self.time + self.random.choice([5.0, 60.0, 300.0]), lambda: _quietly(act))
+            self.at(self.time + self.random.choice([5.0, 60.0, 200.0]), lambda: _quietly(act))
             self.sleep(30.0)
             raise OSError("timed out")
         if chance < 0.03:  # it is held up, and so is whoever waits for it
             self.say(f"{kind} {path} is held up")
-            self.sleep(self.random.choice([10.0, 100.0, 300.0]))
+            self.sleep(self.random.choice([10.0, 60.0, 200.0]))
         result = act()
         if chance > 0.99:
             self.say(f"{kind} {path} arrives twice")
