@@ -16,6 +16,7 @@ that is being trained. No clocks are compared, and nothing breaks if a driver th
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -42,6 +43,8 @@ BEAT_CALL_S = 10.0
 """A sign of life that is not stored by then is given up for the next."""
 PATIENCE_S = 45.0
 """A driver without a sign of life for so long is taken for dead: longer than several of its puts may take."""
+LOOK_S = 2.0
+"""Between two looks at another driver's sign of life."""
 MAX_BYTES = 10_000
 UNREADABLE = "unreadable"
 """The driver of a term whose record says nothing."""
@@ -196,7 +199,7 @@ def _wait_until_free(storage: Storage, owner: Term | None, wait: bool) -> None:
     seen, until, said = _read_life(storage, path), clock.monotonic() + PATIENCE_S, False
     over = False
     while seen is not None and not _is_dead(seen) and not over:
-        clock.sleep(1.0)
+        clock.sleep(min(LOOK_S, PATIENCE_S / 10))
         over = clock.monotonic() >= until  # and one look after that: this process may have been stopped for long
         found = _read_life(storage, path)
         if found == seen:
@@ -257,17 +260,16 @@ def _parse(number: int, record: bytes) -> Term:
 
 
 def _read_life(storage: Storage, path: str) -> dict[str, Any] | None:
-    if not storage.exists(path):
-        return None
-    try:
-        found = json.loads(storage.get(path, at_most=MAX_BYTES))
-        return found if isinstance(found, dict) else {}
-    except StorageError as error:
-        if error.missing:
-            return None
-        raise
-    except ValueError:
-        return {}
+    for _ in range(2):  # storage may deny an object in passing
+        try:
+            found = json.loads(storage.get(path, at_most=MAX_BYTES))
+            return found if isinstance(found, dict) else {}
+        except StorageError as error:
+            if not error.missing:
+                raise
+        except ValueError:
+            return {}
+    return None
 
 
 def _is_dead(life: dict[str, Any]) -> bool:
@@ -283,6 +285,7 @@ def _is_dead(life: dict[str, Any]) -> bool:
     return False
 
 
+@functools.cache
 def _machine() -> str:
     """What process ids belong to: containers on one machine have ids of their own, and a reboot begins anew. Empty
     where it cannot be known."""

@@ -1,6 +1,7 @@
-"""python -m tests.simulation [--seeds 20000] [--first 0] [--processes 2] [--json FILE]
+"""python -m tests.simulation [--seeds 20000] [--first 0] [--processes 2] [--record FILE]
 
-Prints the first seeds that break a promise, each with as few faults as still break it, and what happened.
+Prints the first seeds that break a promise, each with as few faults as still break it, and what happened. With a
+record it works in the background, and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import sys
 import time
-from functools import partial
+from pathlib import Path
+from typing import Any
 
+from relora_ray.ablations import version
 from tests.simulation.run import simulate
 
 CHUNK = 100
@@ -45,9 +49,12 @@ def shrink(seed: int) -> tuple[str, list[str]]:
     return found[0], found[1]
 
 
-def failures(first: int, num: int) -> list[int]:
+def played(chunk: tuple[int, int]) -> tuple[list[int], float]:
+    """The seeds of a chunk, given as its first and their number, that break a promise, and seconds of a processor."""
     logging.disable(logging.CRITICAL)
-    return [seed for seed in range(first, first + num) if failure_of(seed) is not None]
+    began = time.process_time()
+    failed = [seed for seed in range(chunk[0], sum(chunk)) if failure_of(seed) is not None]
+    return failed, time.process_time() - began
 
 
 def main() -> int:
@@ -55,28 +62,32 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", help="file for the result")
+    parser.add_argument("--record", type=Path, help="file of what was done: seeds in it are not played again")
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    began, failed, done = time.time(), [], 0
-    with multiprocessing.Pool(args.processes) as pool:
-        chunks = range(args.first, args.first + args.seeds, CHUNK)
-        for found in pool.imap_unordered(partial(failures, num=min(CHUNK, args.seeds)), chunks):
-            failed += found
-            done += CHUNK
+    record = json.loads(args.record.read_text()) if args.record and args.record.exists() else []
+    first = max([args.first, *(part["first"] + part["seeds"] for part in record)])
+    end = args.first + args.seeds
+    part: dict[str, Any] = {"version": version(), "first": first, "seeds": 0, "failed": [], "processor_s": 0.0}
+    began = time.time()
+    with multiprocessing.Pool(args.processes, os.nice, (19 if args.record else 0,)) as pool:
+        chunks = [(start, min(CHUNK, end - start)) for start in range(first, end, CHUNK)]
+        for (_, num), (failed, seconds) in zip(chunks, pool.imap(played, chunks), strict=True):
+            part["seeds"] += num
+            part["failed"] += failed
+            part["processor_s"] = round(part["processor_s"] + seconds, 1)
+            if args.record:
+                args.record.write_text(json.dumps([*record, part], indent=1) + "\n")
             if sys.stderr.isatty():
-                print(f"\r{done:,} seeds, {len(failed)} failed, {time.time() - began:.0f} s", end="", file=sys.stderr)
-    seconds = time.time() - began
+                print(f"\r{part['seeds']:,} seeds, {len(part['failed'])} failed", end="", file=sys.stderr)
     print(
-        f"{args.seeds:,} seeds from {args.first}: {len(failed)} failed, {seconds:.0f} s in {args.processes} processes"
+        f"{part['seeds']:,} seeds from {first}: {len(part['failed'])} failed, {time.time() - began:.0f} s in "
+        f"{args.processes} processes"
     )
-    for seed in sorted(failed)[:3]:
+    for seed in part["failed"][:3]:
         text, log = shrink(seed)
         print(f"\nseed {seed}: {text}\n" + "\n".join(log[-60:]))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"seeds": args.seeds, "first": args.first, "failed": sorted(failed), "seconds": seconds}, file)
-    return 1 if failed else 0
+    return 1 if part["failed"] else 0
 
 
 if __name__ == "__main__":

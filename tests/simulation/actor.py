@@ -146,9 +146,15 @@ class Actor:
         answers: list[Any],
         ended: Signal | None,
     ) -> None:
+        found = getattr(instance, name)(*args)
+        if not asyncio.iscoroutine(found):
+            answers.append(found)
+            if ended is not None:
+                ended.give()
+            return
+
         async def ask() -> None:
-            found = getattr(instance, name)(*args)
-            answers.append(await found if asyncio.iscoroutine(found) else found)
+            answers.append(await found)
             if ended is not None:
                 ended.give()
 
