@@ -244,9 +244,9 @@ def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[No
             waiting = call("ask_to_save", None, "the driver was told to stop", False)
             while waiting and not stored.is_set() and time.monotonic() < until:
                 time.sleep(0.2)
-                if call("is_stored"):
-                    stored.set()
                 waiting = call("is_asked")
+                if call("is_stored"):  # asked last: it may become so in between
+                    stored.set()
         except ray.exceptions.RayError as error:
             logger.warning("the state could not be stored: %s", error)
         finally:

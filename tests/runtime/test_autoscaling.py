@@ -64,7 +64,7 @@ def head() -> Iterator[Head]:
     head.stop()
 
 
-def test_run_grows_with_the_cluster_and_shrinks_with_it(head: Head, data: Path, tmp_path: Path) -> None:
+def test_run_grows_with_the_cluster_and_leaves_a_drained_machine(head: Head, data: Path, tmp_path: Path) -> None:
     """It asks for up to two machines where there is none, is given them, and loses one on the way."""
     overrides = (
         "steps=300", "method.warm_start_steps=75", "method.merge_every_steps=75", "checkpoint.save_every_steps=50",
@@ -96,7 +96,9 @@ def test_run_grows_with_the_cluster_and_shrinks_with_it(head: Head, data: Path, 
         launched.kill()
     assert launched.returncode == 0, said[-3000:]
     found = [attempt["world_size"] for attempt in read_all(there, "attempt")]
-    assert found[grown] == 1, f"after the notice it goes on with one worker: {found}"
+    assert found[grown] in (1, 2), (
+        f"after the notice it goes on with the other machine, and a new one if it is there: {found}"
+    )
     assert [restart["steps_lost"] for restart in read_pages(there, "restarts")] == [0] * len(found)
     _, expected = run(tiny_config(data, tmp_path / "b", *overrides))
     assert {r["step"] for r in read_all(there, "train")} == losses(expected).keys()
