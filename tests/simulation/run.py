@@ -72,7 +72,11 @@ class Run:
     steps: int
     cfg: CheckpointConfig
     parent: str = ""
+    source: Run | None = None
+    """The parent."""
     forked_at: int = 0
+    forkless: bool = False
+    """The parent is at its end, and has kept nothing that can be forked."""
     acknowledged: list[str] = field(default_factory=list)
     """Manifests, in the order in which somebody was told that they are stored."""
     meetings: dict[str, Meeting] = field(default_factory=dict)
@@ -86,11 +90,6 @@ class Run:
     @property
     def place(self) -> str:
         return f"runs/{self.name}"
-
-    def checkpoints(self) -> list[str]:
-        """Checkpoints that are there now."""
-        names = (path.removeprefix(f"{self.place}/") for path in self.world.bucket if path.startswith(f"{self.place}/"))
-        return sorted(name for name in names if name.startswith("manifests/"))
 
     def acknowledge(self, manifest: Manifest) -> None:
         """Somebody is told that a checkpoint is stored. If later attempts have begun, the first of them must know
@@ -616,6 +615,7 @@ def _fork(run: Run, storage: Storage, driver: str, choose: random.Random) -> Non
     parent = storage.sibling(run.parent)
     steps = [step for step in History(parent).steps if step and step % CYCLE == 0]
     if not steps:
+        run.forkless = run.source is not None and run.source.finished
         raise StorageError("there is nothing to fork yet")
     term = claim(storage, driver)
     if storage.list_surely("manifests"):  # of another that was quicker
@@ -653,7 +653,7 @@ def _simulate(seed: int, spared: Collection[int]) -> World:
     )
     runs = [Run(world, "a", rng.choice([7, 9, 12]), cfg)]
     if rng.random() < 0.3:
-        runs.append(Run(world, "b", 16, cfg, parent="a"))
+        runs.append(Run(world, "b", 16, cfg, parent="a", source=runs[0]))
     made, number = [], 0
     for run in runs:
         for _ in range(rng.choice([1, 2, 2, 3])):
@@ -676,22 +676,16 @@ def _simulate(seed: int, spared: Collection[int]) -> World:
                     world.start(last.process)
             world.run()
         for run in runs:
-            _check(run, runs[0] if run.parent else None)
+            _check(run)
     except BaseException as error:
         error.world = world  # type: ignore[attr-defined]
         raise
     return world
 
 
-def _check(run: Run, forked: Run | None) -> None:
-    """`forked`: the run that it is a fork of."""
-    if (
-        not run.finished
-        and not run.attempts
-        and forked
-        and not any(_step(p) and _step(p) % CYCLE == 0 for p in forked.checkpoints())
-    ):
-        return  # there was nothing to fork
+def _check(run: Run) -> None:
+    if run.forkless and not run.attempts:
+        return
     if not run.finished:
         raise Broken(f"{run.name} has not come to its end")
     run.world.faults = False

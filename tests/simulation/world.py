@@ -85,7 +85,7 @@ class World:
 
     def message(self) -> None:
         """One arrives at, or leaves, the current process, if it is not cut off."""
-        self.sleep(self.random.expovariate(50.0))
+        self.sleep(0.04 * self.random.random())
         while Process.current().is_cut_off:
             self.pause()
 
@@ -93,6 +93,9 @@ class World:
         """Let the others go on, until somebody resumes this process."""
         assert self._hub is not None
         loop = asyncio._get_running_loop()  # of the thread, which all processes share
+        if loop is None:
+            self._hub.switch()
+            return
         asyncio._set_running_loop(None)
         self._hub.switch()
         asyncio._set_running_loop(loop)
@@ -109,7 +112,7 @@ class World:
             self._queue.clear()
             raise Stuck(f"after {self.num_requests} requests there is no end")
         process, chance = Process.current(), self.random.random()
-        self.sleep(self.random.expovariate(20.0))
+        self.sleep(0.1 * self.random.random())
         if not self.faults or process.calm:
             return act()
         if chance < process.stop_rate and self.strikes():  # swapped out, or its machine is
@@ -180,8 +183,7 @@ class Process(greenlet):
         self.stop_rate, self.calm = stop_rate, calm
         self.misled = ""
         self.children: list[Process] = []
-        self._owner: Process | None = None
-        self._doomed = self._cut_off = False
+        self._doomed = self.is_cut_off = False
 
     @classmethod
     def current(cls) -> Process:
@@ -219,11 +221,9 @@ class Process(greenlet):
 
     def cut_off(self) -> None:
         """It and its children reach storage, and no other process."""
-        self._cut_off = True
-
-    @property
-    def is_cut_off(self) -> bool:
-        return self._cut_off or (self._owner is not None and self._owner.is_cut_off)
+        self.is_cut_off = True
+        for child in self.children:
+            child.cut_off()
 
     @property
     def over(self) -> bool:
@@ -232,7 +232,7 @@ class Process(greenlet):
     def beside(self, name: str, work: Callable[[], object]) -> Process:
         """Start another thread or process that dies with this one."""
         made = Process(self.world, f"{self.name}/{name}", work, stop_rate=self.stop_rate, calm=self.calm)
-        made._owner = self
+        made.is_cut_off = self.is_cut_off
         if self._doomed:
             return made
         self.children.append(made)
