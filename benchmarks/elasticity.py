@@ -37,7 +37,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from relora_ray.ablations import machine, version
+from relora_ray.ablations import commit_of, machine, version
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.conformance.__main__ import make_data
 from relora_ray.loop import run_attempt
@@ -46,6 +46,7 @@ from relora_ray.runtime import driver
 from tests.cluster import Machines
 from tests.tiny import tiny_config
 
+ROOT = Path(__file__).parent.parent
 FAULTS = ("killed", "lost", "drained", "added")
 NOTICE_S = 30.0
 LIMIT_S = 240.0
@@ -150,12 +151,6 @@ def one(opponent: str, fault: str, data: Path) -> tuple[float, int]:
         machines.kill()
 
 
-def checked_out(folder: Path) -> str:
-    """The commit there."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
 def wait(done: Any) -> None:
     until = time.monotonic() + LIMIT_S
     while not done():
@@ -176,13 +171,13 @@ def main() -> None:
         print(json.dumps(one(args.case[0], args.case[1], Path(args.case[2]))), flush=True)
         os._exit(0)  # the trainer's thread is still at work
     logging.disable(logging.WARNING)
-    root = Path(__file__).parent.parent / "configs/quickstart"
-    data = Path(make_data(root / "austen.txt.bz2", root / "tokenizer", Path(tempfile.mkdtemp())))
+    quickstart = ROOT / "configs/quickstart"
+    data = Path(make_data(quickstart / "austen.txt.bz2", quickstart / "tokenizer", Path(tempfile.mkdtemp())))
     other = "before" if args.against else "stock"
     opponents = [args.only] if args.only else ["here", other]
     print(f"# From a fault to the next step\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n")
     print(f"Machine: {machine()}; Ray {ray.__version__}. Version: {version()}.")
-    against = f" Before: {checked_out(args.against)}." if args.against else ""
+    against = f" Before: {commit_of(args.against)}." if args.against else ""
     flag = " --against CHECKOUT" if args.against else ""
     print(f"Command: `python benchmarks/elasticity.py --rounds {args.rounds}{flag}`{against}\n")
     print(f"| fault | here, s | steps again | {other}, s | steps again | {other} / here | all rounds |")
@@ -191,8 +186,7 @@ def main() -> None:
         found: dict[str, list[tuple[float, int]]] = {opponent: [] for opponent in opponents}
         for _ in range(args.rounds):
             for opponent in opponents:
-                root = args.against if opponent == "before" else Path(__file__).parent.parent
-                what = "here" if opponent == "before" else opponent
+                root, what = (args.against, "here") if opponent == "before" else (ROOT, opponent)
                 command = [sys.executable, str(root / "benchmarks/elasticity.py"), "--case", what, fault, str(data)]
                 env = os.environ | {"PYTHONPATH": str(root)}
                 said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env, cwd=root).stdout

@@ -392,12 +392,16 @@ def machine() -> str:
 
 def version() -> str:
     """The package's version, with the commit where it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return f"{__version__} at {commit_of(Path(__file__).parent)}"
     except (OSError, subprocess.CalledProcessError):
         return __version__
-    return f"{__version__} at {commit}"
+
+
+def commit_of(checkout: Path) -> str:
+    """OSError or CalledProcessError where there is no git, or no checkout."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:

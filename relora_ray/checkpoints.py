@@ -221,9 +221,9 @@ def _owners(manifests: Iterable[Manifest]) -> set[str]:
 def _release_all(run: Storage) -> None:
     """Delete all pins that this run may have in others."""
     owners = _owners(read_history(run).read_line()[0])
-    if run.exists(FORK):
+    if (record := run.find(FORK, at_most=MAX_BYTES)) is not None:
         try:
-            parent = str(json.loads(run.get(FORK, at_most=MAX_BYTES))["parent"])
+            parent = str(json.loads(record)["parent"])
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{run.url}/{FORK} does not say from which run this is a fork.") from error
         owners |= {parent} | _owners(read_history(run.sibling(parent)).read_line()[0])

@@ -26,8 +26,8 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
     records = metrics.read_kinds(storage)
     evals = metrics.latest(records["eval"])
     yield f"run {cfg.name} ({cfg.method.kind}), {storage.url}"
-    if storage.exists(FORK):
-        origin = json.loads(storage.get(FORK))
+    if (fork := storage.find(FORK)) is not None:
+        origin = json.loads(fork)
         yield f"  forked    from {origin['parent']} after step {origin['step']:,}"
     if evals:
         yield "  held-out text           loss    perplexity"

@@ -275,6 +275,16 @@ class Storage:
             return None
         return self.get_expected(path, at_most=at_most)
 
+    def find(self, path: str, *, at_most: int | None = None) -> bytes | None:
+        """The whole object, or None if there is none: like `exists`, a storage that denies it is asked once more."""
+        for _ in range(1 if self.is_local else 2):
+            try:
+                return self.get(path, at_most=at_most)
+            except StorageError as error:
+                if not error.missing:
+                    raise
+        return None
+
     def delete(self, path: str) -> None:
         """Remove one object, by its exact name. None there is no error."""
 

@@ -29,7 +29,7 @@ import torch
 
 from relora_ray.checkpoint import ownership, read_history
 from relora_ray.checkpoint.manifest import key_of
-from relora_ray.checkpoint.ownership import attempt_key
+from relora_ray.checkpoint.ownership import attempt_key, term_of
 from relora_ray.checkpoints import verify
 from relora_ray.config import RunConfig
 from relora_ray.loop import run_attempt
@@ -299,7 +299,7 @@ def check(plan: Plan, cfgs: tuple[RunConfig, RunConfig], log: Path, expected: di
         if how == "CheckpointError":
             assert "stores nothing more" in why or "two runs have been started under one name" in why, why
         if how in REFUSED:
-            _check_that_nothing_was_written(how, own, storage)
+            _check_that_nothing_was_written(how, own, records, storage)
 
     history = read_history(storage)
     line = [history.read(path) for path in history.line]
@@ -352,7 +352,9 @@ def check(plan: Plan, cfgs: tuple[RunConfig, RunConfig], log: Path, expected: di
     return _what_happened(plan, records, winner)
 
 
-def _check_that_nothing_was_written(how: str, records: list[dict[str, Any]], storage: Storage) -> None:
+def _check_that_nothing_was_written(
+    how: str, records: list[dict[str, Any]], everybodys: list[dict[str, Any]], storage: Storage
+) -> None:
     """But for its own sign of life, and the claim of its term if it was refused for its config: whoever claims also
     removes the sign of life of the owner before."""
     kinds = ("put", "put_new", "delete")
@@ -361,8 +363,10 @@ def _check_that_nothing_was_written(how: str, records: list[dict[str, Any]], sto
     assert len(own) == 1, own
     allowed = {(kind, path) for kind in ("put", "delete") for path in own}
     if how != "RunBusyError":
-        allowed |= {("put_new", f"terms/{r['number']:04d}.json") for r in records if r["kind"] == "term"}
-        allowed |= {("delete", path) for _, path in changed if path.startswith("drivers/")}
+        terms = {r["number"] for r in records if r["kind"] == "term"}
+        allowed |= {("put_new", f"terms/{number:04d}.json") for number in terms}
+        before = {term_of(r["attempt"]).driver for r in everybodys if r["kind"] == "term" and r["number"] + 1 in terms}
+        allowed |= {("delete", f"drivers/{driver}.json") for driver in before}
         allowed |= {("delete", ownership.BEFORE_TERMS)}
     assert changed <= allowed, (how, changed - allowed)
 

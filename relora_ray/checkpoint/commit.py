@@ -32,7 +32,7 @@ from relora_ray.checkpoint.history import (
     removal_path,
     removals_text,
 )
-from relora_ray.checkpoint.manifest import Manifest, Part, Rollback, read_record
+from relora_ray.checkpoint.manifest import Manifest, Part, Rollback
 from relora_ray.checkpoint.ownership import refuse_if_superseded
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import CheckpointError, ReloraError, SupersededError
@@ -150,13 +150,6 @@ class Commits:
                     f"{attempt}. This one stops now."
                 ) from error
         self.fence(attempt)
-
-    def committed(self, draft: Manifest) -> Manifest | None:
-        """What was committed under the name of `draft`, if anything was."""
-        try:
-            return read_record(self._storage, draft.path) if self._storage.exists(draft.path) else None
-        except ReloraError:
-            return None
 
     def prune(self, committed: Manifest) -> None:
         """Remove what was written down at the last commit, and write down what this one leaves behind. Never raises:

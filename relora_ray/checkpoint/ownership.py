@@ -260,16 +260,13 @@ def _parse(number: int, record: bytes) -> Term:
 
 
 def _read_life(storage: Storage, path: str) -> dict[str, Any] | None:
-    for _ in range(2):  # storage may deny an object in passing
-        try:
-            found = json.loads(storage.get(path, at_most=MAX_BYTES))
-            return found if isinstance(found, dict) else {}
-        except StorageError as error:
-            if not error.missing:
-                raise
-        except ValueError:
-            return {}
-    return None
+    if (record := storage.find(path, at_most=MAX_BYTES)) is None:
+        return None
+    try:
+        found = json.loads(record)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_dead(life: dict[str, Any]) -> bool:

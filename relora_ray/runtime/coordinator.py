@@ -194,8 +194,7 @@ class Coordinator:
 
     def nodes(self) -> list[str]:
         """Ray's ids of the machines of the worker group, as far as its agents have come."""
-        members = self._gathering.members if self._attempt is None else self._attempt.members
-        return sorted({member.node for member in members.values()})
+        return sorted(_nodes(self._gathering.members if self._attempt is None else self._attempt.members))
 
     def _find(self, attempt: str) -> _Attempt | None:
         """The attempt of that name, if it is under way."""
@@ -238,7 +237,7 @@ class Coordinator:
             self._record(ended, cause.text)
         if planned or self._fatal:
             return
-        now, others = clock.monotonic(), len({member.node for member in ended.members.values()}) > 1
+        now, others = clock.monotonic(), len(_nodes(ended.members)) > 1
         if bad := self._failures.failed(now, stepped=ended.trained, node=node, others=others):
             self.warn(bad)
         if too_many := self._failures.too_many():
@@ -403,7 +402,7 @@ class Coordinator:
             save.outcome.set_result(await self._decide(mine.name, lambda: self._commits.commit(shares)))
             mine.changed()
             if (manifest := save.outcome.result().manifest) is not None:
-                self._failures.committed({member.node for member in mine.members.values()})
+                self._failures.committed(_nodes(mine.members))
                 if self._progress is not None:
                     self._progress.committed(manifest)
                 self._in_background(asyncio.to_thread(self._commits.prune, manifest))
@@ -591,6 +590,10 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._hand_on(record.getMessage())
+
+
+def _nodes(members: dict[int, Member]) -> set[str]:
+    return {member.node for member in members.values()}
 
 
 def _was_reconstructed() -> bool:

@@ -249,7 +249,7 @@ if not missing:
             if resources is None:
                 return NoopDecision()
             possible, leaving = self._room(resources), self._leaving
-            off = self._to_get_off(leaving) if possible >= self._min else set()
+            off = self._to_get_off() if possible >= self._min else set()
             """The group is replaced even if its size stays."""
             if self._asked is not None and not (is_asked := self._call("is_asked")):
                 # The attempt ended, or nothing could be stored.
@@ -283,9 +283,9 @@ if not missing:
                 self._ask(leaving, "machines are being drained", wait=False)
             return NoopDecision()
 
-        def _to_get_off(self, leaving: set[str]) -> set[str]:
+        def _to_get_off(self) -> set[str]:
             """Machines that the group should not be on, and is."""
-            avoided = self._left_out | leaving
+            avoided = self._left_out | self._leaving
             return avoided & set(self._call("nodes") or []) if avoided else set()
 
         def _are_warm(self, nodes: Iterable[str]) -> bool:

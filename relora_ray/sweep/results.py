@@ -101,7 +101,8 @@ def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
     records = metrics.read_kinds(run)
     steps, shapes = metrics.latest(records["train"]), records["attempt"][:1] + records["boundary"]
     trainable, total = shapes[-1]["num_trainable"], shapes[-1]["num_parameters"]
-    origin = json.loads(run.get(FORK)) if run.exists(FORK) else {"parent": "", "step": 0}
+    record = run.find(FORK)
+    origin = {"parent": "", "step": 0} if record is None else json.loads(record)
     step_s = statistics.median(record["step_s"] for record in steps)
     return {
         "steps": len(steps),

@@ -51,7 +51,9 @@ def test_other_version_of_ray_falls_back_to_its_own_policy(
     assert "there is no ElasticScalingPolicy._send_resource_request" in caplog.text
 
 
-def drive(cfg: RunConfig, actions: list[tuple[int, Callable[[], None]]], at_end: Callable[[], None]) -> Events:
+def drive(
+    cfg: RunConfig, actions: list[tuple[int, Callable[[], None]]], at_end: Callable[[], None] = lambda: None
+) -> Events:
     """Run the driver in a thread, and here each action when so many workers have trained for `STEADY` steps (Ray adds
     machines on the main thread only). When an attempt that follows on the last one has done so, the run is ended,
     wherever it is."""
@@ -109,13 +111,13 @@ def assert_is_undisturbed(cfg: RunConfig, alone: RunConfig) -> list[Record]:
 class Events:
     """What the driver's events said of the newest attempt."""
 
-    @property
-    def is_steady(self) -> bool:
-        return self.step >= self.from_step + STEADY
-
     def __init__(self) -> None:
         self.world_size = self.from_step = self.step = self.num_attempts = 0
         self.said: list[str] = []
+
+    @property
+    def is_steady(self) -> bool:
+        return self.step >= self.from_step + STEADY
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] == "attempt":
@@ -141,7 +143,7 @@ def test_workers_come_and_go_and_the_result_stays(machines: Machines, data: Path
         machines.add()
         machines.add()
 
-    drive(cfg, [(1, machines.add), (2, lambda: machines.drain(machines.nodes[1], 120)), (1, replace_by_two)], nothing)
+    drive(cfg, [(1, machines.add), (2, lambda: machines.drain(machines.nodes[1], 120)), (1, replace_by_two)])
     storage = run_storage(cfg)
     attempts = read_all(storage, "attempt")
     assert [a["world_size"] for a in attempts] == [1, 2, 1, 3], "the resizes took place"
@@ -178,7 +180,7 @@ def test_group_leaves_a_machine_within_its_notice(data: Path, tmp_path: Path) ->
             cluster.lose(leaves)
 
         stored: list[int] = []
-        drive(cfg, [(2, notice)], nothing)
+        drive(cfg, [(2, notice)])
         (new,) = used[1] - used[0]
         assert used == [{stays.node_id, leaves.node_id}, {stays.node_id, new}]
     finally:
@@ -226,10 +228,6 @@ def test_bad_machine_is_left_and_not_used_again(
         f"machine {machines.nodes[0].node_ip_address} ({bad}) is left out: attempts failed there again and again. "
         f"The run goes on with others."
     ]
-
-
-def nothing() -> None:
-    pass
 
 
 def nodes_in_use() -> set[str]:

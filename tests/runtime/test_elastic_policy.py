@@ -125,6 +125,16 @@ class Cluster:
         self.coordinator.used = there[:workers]
         return where
 
+    def replace(self, policy: Any, size: int) -> Any:
+        """All wait with their state stored: another group of the same size is started, once. Its label selector."""
+        self.coordinator.paused = True
+        (decision,) = self.look(policy, size, 1)
+        assert decision.num_workers == size
+        where = self.place(policy, size)
+        self.coordinator.paused = self.coordinator.asked = False
+        assert self.look(policy, size, 100) == [], "once is enough"
+        return where
+
     def look(self, policy: Any, size: int, seconds: float = 10.0) -> list[Any]:
         """The resizes decided in so many seconds while a group of this size runs."""
         decisions = []
@@ -307,12 +317,7 @@ def test_group_on_a_bad_machine_is_replaced_without_a_loss(cluster: Cluster) -> 
     assert cluster.look(policy, 2) == [], "it has been asked to store its state first"
     cause = "attempts failed again and again on a machine: 2 -> 2 workers"
     assert cluster.coordinator.calls == [("ask_to_save", [], cause, True)]
-    cluster.coordinator.paused = True
-    (decision,) = cluster.look(policy, 2, 1)
-    assert decision.num_workers == 2
-    assert cluster.place(policy, 2) == {"ray.io/node-id": "!in(a)"}
-    cluster.coordinator.paused = cluster.coordinator.asked = False
-    assert cluster.look(policy, 2, 100) == [], "once is enough"
+    assert cluster.replace(policy, 2) == {"ray.io/node-id": "!in(a)"}
 
 
 def test_group_on_a_bad_machine_is_replaced_if_its_attempts_end_before_their_state_is_stored(cluster: Cluster) -> None:
@@ -341,13 +346,8 @@ def test_group_leaves_a_drained_machine_for_one_that_is_ready(cluster: Cluster) 
     assert cluster.look(policy, 2, 60) == [], "it has been asked to store its state first"
     calls = cluster.coordinator.calls[1:]
     assert calls[-1] == ("ask_to_save", ["b"], "machines are being drained: 2 -> 2 workers", True)
-    cluster.coordinator.paused = True
-    (decision,) = cluster.look(policy, 2, 1)
-    assert decision.num_workers == 2
-    cluster.place(policy, 2)
+    cluster.replace(policy, 2)
     assert cluster.coordinator.used == ["a", "c"]
-    cluster.coordinator.paused = cluster.coordinator.asked = False
-    assert cluster.look(policy, 2, 100) == [], "once is enough"
 
 
 def test_state_is_stored_where_no_other_machine_is_ready(cluster: Cluster) -> None:

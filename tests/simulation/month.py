@@ -443,18 +443,7 @@ class Month:
             self._commits.prune(manifest)
 
     def _beside(self, name: str, work: Callable[[], None]) -> None:
-        def checked() -> None:
-            try:
-                work()
-            except Broken as error:
-                broken = error
-
-                def say() -> None:
-                    raise broken
-
-                self._at(self._world.time, say)
-
-        self._world.start(Process(self._world, name, checked))
+        self._world.start(Process(self._world, name, work))
 
     # What is told of it.
 

@@ -71,10 +71,8 @@ class Run:
     name: str
     steps: int
     cfg: CheckpointConfig
-    parent: str = ""
-    source: Run | None = None
-    """The parent."""
-    forked_at: int = 0
+    parent: Run | None = None
+    """It is a fork of this one."""
     forkless: bool = False
     """The parent is at its end, and has kept nothing that can be forked."""
     acknowledged: list[str] = field(default_factory=list)
@@ -84,7 +82,6 @@ class Run:
     """By attempt, the line that it went on from."""
     rolled_back: set[str] = field(default_factory=set)
     """Attempts that were told that they go back."""
-    content: dict[str, bytes] = field(default_factory=dict)
     finished: bool = False
 
     @property
@@ -149,12 +146,12 @@ class Driver:
     """A driver's process, with its coordinator and the agents and trainers of its ranks: they die together here."""
 
     def __init__(self, run: Run, number: int, *, stop_rate: float, calm: bool = False) -> None:
-        self._run, self._world = run, run.world
+        self.run, self._world = run, run.world
         self._id = f"{number:08x}"
-        self._random = random.Random(self._world.random.random())
+        self.random = random.Random(self._world.random.random())
         self._calm = calm
         self.process = Process(self._world, f"{run.name}/{number}", self._live, stop_rate=stop_rate, calm=calm)
-        self._storage = bucket_storage(self._world, run.place)
+        self.storage = bucket_storage(self._world, run.place)
         self._lost = ""
         self._actor: Actor | None = None
         self._num_groups = 0
@@ -176,20 +173,20 @@ class Driver:
 
     def _drive(self) -> None:
         """As runtime/driver.py does."""
-        run, life = self._run, Life(self._storage, self._id)
+        run, life = self.run, Life(self.storage, self._id)
         while True:
             try:
                 life.beat()
-                if run.parent and not self._storage.list_surely("manifests"):
-                    _fork(run, self._storage, self._id, self._random)
-                term = claim(self._storage, self._id, wait=True)
+                if run.parent and not self.storage.list_surely("manifests"):
+                    _fork(run, self.storage, self._id, self.random)
+                term = claim(self.storage, self._id, wait=True)
                 break
             except RunBusyError:
                 return
             except ReloraError as error:  # the driver ends, and is started again
                 self._world.say(str(error))
                 self._world.sleep(10.0)
-                if self._random.random() < 0.1 or run.finished:
+                if self.random.random() < 0.1 or run.finished:
                     return
         self._world.say(f"owns term {term.number}")
         self.process.beside("life", lambda: self._watch(life, term))
@@ -205,11 +202,11 @@ class Driver:
 
     def _watch(self, life: Life, term: Term) -> None:
         """As runtime/owner.py does."""
-        while not self._lost and not self._run.finished:
+        while not self._lost and not self.run.finished:
             self._world.sleep(BEAT_S)
             try:
                 life.beat()
-                refuse_if_taken_over(self._storage, term)
+                refuse_if_taken_over(self.storage, term)
             except SupersededError as error:
                 self._lost = str(error)
                 if self._actor is not None:
@@ -221,27 +218,27 @@ class Driver:
         """One worker group, from its start until all its agents have ended, or some are lost, or its size changes: as
         Ray Train and the elastic policy have it."""
         self._num_groups += 1
-        size, group = self._random.choice([1, 1, 2]), f"{self._id}-{self._num_groups}"
+        size, group = self.random.choice([1, 1, 2]), f"{self._id}-{self._num_groups}"
         self._world.say(f"{size} worker(s) start")
         agents = [Agent(self, actor, group, rank, size) for rank in range(size)]
         asked = -1.0
         while not all(agent.process.over for agent in agents):
             self._world.sleep(1.0)
-            chance = 1.0 if self._calm else self._random.random()
+            chance = 1.0 if self._calm else self.random.random()
             if chance < 0.008 and self._world.strikes():
-                lost = self._random.choice(agents)
-                if self._random.random() < 0.5:
+                lost = self.random.choice(agents)
+                if self.random.random() < 0.5:
                     self._world.say(f"the machine of rank {lost.rank} is lost")
                     lost.process.kill()
                 else:
                     self._world.say(f"the machine of rank {lost.rank} is cut off")
                     lost.process.cut_off()
-                if self._random.random() < 0.5:
+                if self.random.random() < 0.5:
                     actor.call("last_words")
                 break
             if chance < 0.03 and asked < 0 and self._world.strikes():
-                leaving = self._random.choice([[], [], [agents[-1].node]])
-                wait = self._random.random() < 0.7
+                leaving = self.random.choice([[], [], [agents[-1].node]])
+                wait = self.random.random() < 0.7
                 if actor.call("ask_to_save", leaving, "machines came or went", wait) and wait:
                     asked = self._world.time
                 continue
@@ -252,26 +249,14 @@ class Driver:
                     break
             elif not actor.call("is_asked"):
                 asked = -1.0
-            elif self._world.time > asked + self._random.choice([5.0, 90.0]):
+            elif self._world.time > asked + self.random.choice([5.0, 90.0]):
                 actor.call("go_on")
                 asked = -1.0
         for agent in agents:
             if agent.process.is_cut_off:
-                self._world.at(self._world.time + self._random.choice([20.0, 60.0, 200.0]), agent.process.kill)
+                self._world.at(self._world.time + self.random.choice([20.0, 60.0, 200.0]), agent.process.kill)
             else:
                 agent.process.kill()
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    @property
-    def storage(self) -> Storage:
-        return self._storage
-
-    @property
-    def random(self) -> random.Random:
-        return self._random
 
     def pass_over(self, path: str) -> None:
         """Nothing: a reader never deletes. (A mutant does.)"""
@@ -547,7 +532,7 @@ class Killed(Exception):
 class Save:
     """A rank's part in one, in a thread beside training."""
 
-    def __init__(self, trainer: Trainer, draft: dict[str, Any], writers: tuple[int, ...], state: str) -> None:
+    def __init__(self, trainer: Trainer, draft: Draft, writers: tuple[int, ...], state: str) -> None:
         self._trainer, self._draft, self._writers, self._state = trainer, draft, writers, state
         self.over, self.outcome = Signal(trainer.process.world), None
         trainer.process.beside("save", self._store)
@@ -565,8 +550,11 @@ class Save:
         self.over.give()
 
 
-def draft(lineage: Lineage, position: SimpleNamespace, size: int) -> dict[str, Any]:
-    """What a manifest says, less its objects, and which parts there are to store."""
+Draft = tuple[Manifest, dict[str, str]]
+"""A manifest less the objects that are yet to be stored, and the folders of those parts."""
+
+
+def draft(lineage: Lineage, position: SimpleNamespace, size: int) -> Draft:
     base, folder = lineage.base_at(position.boundary), lineage.folder("delta", position.step)
     parts = {"delta": folder}
     if base is None:
@@ -578,13 +566,13 @@ def draft(lineage: Lineage, position: SimpleNamespace, size: int) -> dict[str, A
         attempt=lineage.attempt, world_size=size, versions={}, unix_time=0.0, line=lineage.line,
         rollbacks=position.rollbacks,
     )  # fmt: skip
-    return {"manifest": manifest, "parts": parts}
+    return manifest, parts
 
 
-def stored(storage: Storage, draft: dict[str, Any], state: str, rank: int | None) -> tuple[Manifest, str]:
+def stored(storage: Storage, draft: Draft, state: str, rank: int | None) -> tuple[Manifest, str]:
     """The manifest with the objects of a rank, which are stored, and what went wrong."""
-    manifest: Manifest = draft["manifest"]
-    for kind, folder in draft["parts"].items() if rank is not None else ():
+    manifest, parts = draft
+    for kind, folder in parts.items() if rank is not None else ():
         content = {"state": state, "step": manifest.step, "boundary": manifest.boundary, "rank": rank}
         data, name = json.dumps(content).encode(), f"part-{rank}"
         try:
@@ -612,10 +600,11 @@ def _read(storage: Storage, manifest: Manifest) -> str:
 
 def _fork(run: Run, storage: Storage, driver: str, choose: random.Random) -> None:
     """The first checkpoint of a run, from its parent's: as fork.py does."""
-    parent = storage.sibling(run.parent)
+    assert run.parent is not None
+    parent = storage.sibling(run.parent.name)
     steps = [step for step in History(parent).steps if step and step % CYCLE == 0]
     if not steps:
-        run.forkless = run.source is not None and run.source.finished
+        run.forkless = run.parent.finished
         raise StorageError("there is nothing to fork yet")
     term = claim(storage, driver)
     if storage.list_surely("manifests"):  # of another that was quicker
@@ -625,7 +614,7 @@ def _fork(run: Run, storage: Storage, driver: str, choose: random.Random) -> Non
     except CheckpointError as error:  # it was removed meanwhile
         raise StorageError(str(error)) from None
     lineage = Lineage(term.attempt(1))
-    lineage.fork(manifest, run.parent)
+    lineage.fork(manifest, run.parent.name)
     state = _read(parent, manifest)
     position = SimpleNamespace(step=manifest.step, boundary=manifest.boundary, rollbacks=manifest.rollbacks)
     run.begin(lineage.attempt, (), ())
@@ -634,7 +623,6 @@ def _fork(run: Run, storage: Storage, driver: str, choose: random.Random) -> Non
     if outcome.manifest is None:
         raise StorageError(f"the fork could not be stored: {outcome.error}")
     run.acknowledge(outcome.manifest)
-    run.forked_at = manifest.step
     pin_base_only(parent, run.name, manifest, term.number)
 
 
@@ -653,7 +641,7 @@ def _simulate(seed: int, spared: Collection[int]) -> World:
     )
     runs = [Run(world, "a", rng.choice([7, 9, 12]), cfg)]
     if rng.random() < 0.3:
-        runs.append(Run(world, "b", 16, cfg, parent="a", source=runs[0]))
+        runs.append(Run(world, "b", 16, cfg, parent=runs[0]))
     made, number = [], 0
     for run in runs:
         for _ in range(rng.choice([1, 2, 2, 3])):
