@@ -123,7 +123,7 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     storage = f"s3://{BUCKET}/driver-{os.urandom(4).hex()}"
     command = [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
                f"storage_options={options}", "train.log_every_steps=1",
-               "steps=303", "checkpoint.save_async=true", "checkpoint.save_every_steps=6"]  # fmt: skip
+               "steps=303", "checkpoint.save_async=true", "checkpoint.save_every_steps=15"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:

@@ -44,6 +44,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray.runtime.agent import warm_up
+from relora_ray.runtime.sizing import Decision, Seen, Sizing, without_bad
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +58,12 @@ except ImportError as error:  # pragma: no cover: another version of Ray
 
 CHECK_S = 1.0
 """How often machines are looked at."""
-STEADY_S = 3.0
-"""A larger size must have been possible for so long: machines that come together are taken in together."""
 DOUBT_S = 60.0
 """Ray's list of machines may be wrong for so long after a loss: they are knocked at."""
 KNOCK_S = 2.0
 """A machine that does not answer for so long is gone."""
 WARM_S = 60.0
 """A new machine that has not imported everything by then is taken in as it is."""
-ASK_AGAIN_S = 10.0
-"""Between a wish that came to nothing and the next."""
 CALL_S = 10.0
 """The coordinator answers within this."""
 LAST_WORDS_S = 70.0
@@ -180,8 +177,7 @@ if not missing:
             self._min, self._max = scaling_config.min_workers, scaling_config.max_workers
             self._each: Resources = {kind: n for kind, n in scaling_config.resources_per_worker.items() if n}
             """What one worker needs."""
-            self._size = 0
-            """Workers of the group that was started last."""
+            self._sizing = Sizing(self._min)
             self._checked_at, self._doubt_until = 0.0, 0.0
             self._gone: set[str] = set()
             """Machines that Ray takes for alive and that do not answer."""
@@ -189,15 +185,10 @@ if not missing:
             """Machines on which attempts fail again and again, and without which there are enough."""
             self._in_their_place = 0
             """How many more workers Ray is asked for than there may be, as it counts machines that are bad or leave."""
-            self._possible, self._possible_since = 0, 0.0
-            self._asked: int | None = None
-            """The size that the ranks were asked to store their state for."""
-            self._ask_again_at = 0.0
             self._reserved: set[str] = set()
             """Machines that Ray has for us, fit to be used or not."""
             self._leaving: set[str] = set()
             """Machines that are being drained."""
-            self._told_leaving: set[str] = set()
             self._warming: dict[str, tuple[Any, float]] = {}
             """By machine: the task that has everything imported there, and since when."""
             self._said: dict[str, float] = {}
@@ -218,7 +209,7 @@ if not missing:
 
         def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
             """Keep Ray from placing workers on machines that it does not yet know to be gone, or that are left out."""
-            self._size, self._asked = num_workers, None
+            self._sizing.started(num_workers)
             without = self._gone | self._left_out
             return {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
 
@@ -238,9 +229,9 @@ if not missing:
             return NoopDecision()
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-            now, size = time.monotonic(), self._size
-            if self._asked is not None and self._is_paused():
-                return self._resize(size, self._asked)
+            now, sizing = time.monotonic(), self._sizing
+            if sizing.asked is not None and self._call("is_paused"):
+                return self._replace(sizing.asked)
             if now - self._checked_at < CHECK_S:
                 return NoopDecision()
             self._checked_at = now
@@ -248,45 +239,16 @@ if not missing:
             resources = self._look()
             if resources is None:
                 return NoopDecision()
-            possible, leaving = self._room(resources), self._leaving
-            off = self._to_get_off() if possible >= self._min else set()
-            """The group is replaced even if its size stays."""
-            if self._asked is not None and not (is_asked := self._call("is_asked")):
-                # The attempt ended, or nothing could be stored.
-                # On a bad machine it may never be: what is there to lose is lost.
-                if off & self._left_out and is_asked is False:
-                    return self._resize(size, self._asked, at_once=True)
-                self._asked, self._ask_again_at = None, now + ASK_AGAIN_S
-                self._told_leaving.clear()
-            if possible != self._possible:
-                self._possible, self._possible_since = possible, now
-            wanted = size if possible < self._min else possible
-            takes_in = wanted > size or (wanted == size and off)
-            if takes_in and not (self._are_warm(resources) and now - self._possible_since >= STEADY_S):
-                wanted, off = size, set()
-            if now < self._ask_again_at:
-                return NoopDecision()
-            stays = wanted == size and not off
-            if not stays and wanted != self._asked:
-                cause = "machines came or went"
-                if off & self._left_out:
-                    cause = "attempts failed again and again on a machine"
-                elif off or (leaving and wanted < size):
-                    cause = "machines are being drained"
-                if self._ask(leaving, f"{cause}: {size} -> {wanted} workers", wait=True):
-                    self._asked = wanted
-            elif stays and self._asked is not None:
+            used = set(self._call("nodes") or []) if self._left_out | self._leaving else set()
+            seen = Seen(self._room(resources), used, self._leaving, self._left_out)
+            decision = sizing.decide(now, seen, lambda: self._call("is_asked"), lambda: self._are_warm(resources))
+            if decision.do == "replace":
+                return self._replace(decision.workers, at_once=True)
+            if decision.do == "go on":
                 self._call("go_on")
-                self._asked = None
-            elif stays and leaving - self._told_leaving:
-                # Nobody can go on without them, or not yet: at least the state is stored.
-                self._ask(leaving, "machines are being drained", wait=False)
+            elif decision.do == "ask" and self._ask(decision):
+                sizing.accepted(decision, seen)
             return NoopDecision()
-
-        def _to_get_off(self) -> set[str]:
-            """Machines that the group should not be on, and is."""
-            avoided = self._left_out | self._leaving
-            return avoided & set(self._call("nodes") or []) if avoided else set()
 
         def _are_warm(self, nodes: Iterable[str]) -> bool:
             """Whether new machines have imported everything, as they are told to here while training goes on."""
@@ -297,29 +259,23 @@ if not missing:
             tasks = [task for node, (task, since) in self._warming.items() if time.monotonic() - since < WARM_S]
             return len(ray.wait(tasks, num_returns=len(tasks), timeout=0)[0]) == len(tasks) if tasks else True
 
-        def _ask(self, leaving: set[str], cause: str, *, wait: bool) -> bool:
-            accepted = bool(self._call("ask_to_save", sorted(leaving), cause, wait))
-            if accepted:
-                self._told_leaving |= leaving
-            return accepted
+        def _ask(self, decision: Decision) -> bool:
+            return bool(self._call("ask_to_save", sorted(self._leaving), decision.cause, decision.wait))
 
-        def _resize(self, size: int, wanted: int, *, at_once: bool = False) -> Any:
+        def _replace(self, wanted: int, *, at_once: bool = False) -> Any:
             """`at_once`: though not all wait with their state stored."""
-            self._asked = None
+            self._sizing.asked = None
             resources = self._look()  # never on a stale plan
             if resources is None or self._room(resources) != wanted:
                 self._call("go_on")
                 return NoopDecision()
             if not self._call("resizing") and not at_once:  # they do not wait any more
                 return NoopDecision()
-            logger.info("resizing from %d to %d workers", size, wanted)
+            logger.info("resizing from %d to %d workers", self._sizing.size, wanted)
             return self._start_with(wanted)
 
         def _start_with(self, workers: int) -> Any:
             return ResizeDecision(num_workers=workers, resources_per_worker=self._each)
-
-        def _is_paused(self) -> bool:
-            return bool(self._call("is_paused"))
 
         def _call(self, name: str, *args: Any) -> Any:
             try:
@@ -411,24 +367,22 @@ if not missing:
 
         def _leave_out(self, bad: dict[str, str], usable: dict[str, Resources]) -> dict[str, Resources]:
             """Those of the `usable` machines that are used: without the bad ones, as long as enough are left."""
-            self._left_out = set()
+            used = without_bad(bad, usable, lambda machines: self._room(machines) >= self._min)
+            self._left_out = bad.keys() - used.keys() if self._room(used) >= self._min else set()
             for node, address in bad.items():
-                others = {other: there for other, there in usable.items() if other != node}
-                if self._room(others) >= self._min:
-                    usable = others
-                    self._left_out.add(node)
-                    self._say(
-                        f"left out {node}",
-                        f"machine {address} ({node}) is left out: attempts failed there again and again. The run goes "
-                        f"on with others.",
-                    )
-                elif node in usable:
+                if node in used:
                     self._say(
                         f"needed {node}",
                         f"attempts failed again and again on machine {address} ({node}), but without it there is "
                         f"no room for cluster.min_workers={self._min}: it is used until another comes.",
                     )
-            return usable
+                elif node in self._left_out:
+                    self._say(
+                        f"left out {node}",
+                        f"machine {address} ({node}) is left out: attempts failed there again and again. The run goes "
+                        f"on with others.",
+                    )
+            return used
 
 
 def _unreachable(nodes: Iterable[str]) -> set[str]:

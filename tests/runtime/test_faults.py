@@ -25,22 +25,22 @@ from tests.tiny import stored_losses, tiny_config
 STEPS = 393
 
 
-def fault_config(data: Path, server: Server, name: str, *more: str) -> RunConfig:
-    """A run on two workers that merges and saves often, on S3."""
+def fault_config(data: Path, storage: str, name: str, *more: str) -> RunConfig:
+    """A run on two workers that merges and saves often."""
     overrides = (
         f"name={name}", f"steps={STEPS}", "cluster.workers=2", "checkpoint.save_async=true", "checkpoint.keep_last=3",
         "method.merge_every_steps=15", "checkpoint.save_every_steps=5", "schedule.restart_warmup_steps=3",
         "cluster.silence_timeout_s=3", "train.eval_every_steps=40", "cluster.collective_timeout_s=60",
-        "storage_retry_s=30", f"storage_options={json.dumps(server.options)}", *more,
+        "storage_retry_s=30", *more,
     )  # fmt: skip
-    cfg = tiny_config(data, Path("x"), *overrides)
-    return preflight(cfg.model_copy(update={"storage": f"s3://{BUCKET}/faults-{os.urandom(3).hex()}"}))
+    return preflight(tiny_config(data, Path("x"), *overrides).model_copy(update={"storage": storage}))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data: Path, server: Callable[[str], Server]) -> tuple[dict[int, float], dict[int, float]]:
-    """Losses of updates and of evaluations."""
-    cfg = fault_config(data, server("rclone"), "whole", "cluster.silence_timeout_s=60")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses of updates and of evaluations, which do not depend on where and how often states are stored."""
+    more = ("cluster.silence_timeout_s=60", "checkpoint.save_every_steps=300")
+    cfg = fault_config(data, str(tmp_path_factory.mktemp("whole")), "whole", *more)
     Play([]).run(cfg)
     assert len(read_all(run_storage(cfg), "attempt")) == 1
     assert sorted(stored_losses(cfg)) == list(range(1, STEPS + 1))
@@ -50,7 +50,8 @@ def uninterrupted(data: Path, server: Callable[[str], Server]) -> tuple[dict[int
 def test_every_fault_takes_place_and_changes_nothing(
     data: Path, server: Callable[[str], Server], uninterrupted: tuple[dict[int, float], dict[int, float]]
 ) -> None:
-    cfg = fault_config(data, server("rclone"), "faults")
+    storage_options = f"storage_options={json.dumps(server('rclone').options)}"
+    cfg = fault_config(data, f"s3://{BUCKET}/faults-{os.urandom(3).hex()}", "faults", storage_options)
     faults = plan(seed=1, count=len(INSIDE) + len(OUTSIDE) + 1, steps=STEPS)
     play = Play(faults, server("rclone"))
     play.run(cfg)
@@ -68,11 +69,11 @@ def test_every_fault_takes_place_and_changes_nothing(
 
 
 @pytest.fixture(scope="module")
-def three_workers(data: Path, server: Callable[[str], Server]) -> RunConfig:
+def three_workers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run in which a bit flips in an adapter of one rank, and later the thread that trains hangs on another."""
-    more = ("cluster.workers=3", "checkpoint.save_every_steps=300", "cluster.stall_timeout_s=15")
-    cfg = fault_config(data, server("rclone"), "three", *more)
-    play = Play([Fault(0, FLIP, 100, 1), Fault(1, "forward", 250, 2, HANG)], machines=3)
+    more = ("steps=183", "cluster.workers=3", "checkpoint.save_every_steps=300", "cluster.stall_timeout_s=15")
+    cfg = fault_config(data, str(tmp_path_factory.mktemp("three")), "three", *more)
+    play = Play([Fault(0, FLIP, 100, 1), Fault(1, "forward", 140, 2, HANG)], machines=3)
     play.run(cfg)
     assert play.took_place() == {0, 1}
     return cfg
@@ -87,7 +88,7 @@ def test_flipped_bit_is_caught_at_the_next_boundary_and_never_stored(three_worke
     again: dict[int, set[float]] = {}
     for record in read_all(storage, "train"):
         again.setdefault(record["step"], set()).add(record["loss"])
-    assert sorted(again) == list(range(1, STEPS + 1))
+    assert sorted(again) == list(range(1, three_workers.steps + 1))
     differing = {step for step, found in again.items() if len(found) > 1}
     assert differing
     assert differing <= set(range(101, 109)), "all others were done again with the same bits"

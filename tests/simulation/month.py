@@ -5,9 +5,8 @@ were lost come back, and on one machine every attempt fails within a minute. Wha
 count, and what does it bring to leave the bad machine out?
 
 Simulated: the ranks (one greenlet does what they all do), when machines fail, and how long a restart takes, which is
-measured (benchmarks/results/elasticity.md). What the elastic policy decides is done here by the same rules, since that
-is Ray's subclass. Real: `Failures`, `Orders`, `Tally`, and commits, lines, retention and reading back on a bucket whose
-storage errs at times.
+measured (benchmarks/results/elasticity.md). Real: `Sizing`, `Failures`, `Orders`, `Tally`, and commits, lines,
+retention and reading back on a bucket whose storage errs at times.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from relora_ray.errors import ReloraError
 from relora_ray.rollback import where_to_go_on
 from relora_ray.runtime.failures import Failures
 from relora_ray.runtime.orders import Orders
+from relora_ray.runtime.sizing import STEADY_S, Seen, Sizing, without_bad
 from relora_ray.tally import Tally
 from tests.simulation.run import Broken
 from tests.simulation.world import Process, World, bucket_storage
@@ -57,8 +57,6 @@ RESTART_S = {"start": 11.7, "killed": 1.0, "lost": 11.7, "drained": 9.6, "added"
 """From the fault to the next step, medians of benchmarks/results/elasticity.md."""
 UPLOAD_S = 5.0
 """From the end of a step until all ranks have stored their share of a save."""
-ASK_AGAIN_S = 10.0
-"""As in elastic.py."""
 BOUNDARY_STEPS = 1_000
 OLD_LIMIT = 100
 """Failures in a run's whole life, after which earlier versions gave up."""
@@ -138,9 +136,7 @@ class Month:
         self._orders = Orders(0)
         self._lost: list[tuple[str, str]] = []
         """Machines that were lost to it, and how."""
-        self._asked: int | None = None
-        self._ask_again_at = 0.0
-        self._told_leaving: set[str] = set()
+        self._sizing = Sizing(MIN_MACHINES)
         self._saving = self._deciding = False
         self._newest = ""
         """The checkpoint that was acknowledged last."""
@@ -194,6 +190,7 @@ class Month:
     def _come_back(self) -> None:
         self._up.add(f"m{self._num_machines}")
         self._num_machines += 1
+        self._at(self._world.time + STEADY_S, lambda: None)  # it is looked at again
 
     def _hit(self, machine: str, how: str) -> None:
         if self._attempt and machine in self._group:
@@ -211,35 +208,28 @@ class Month:
             self._decide_on_size()
         return False
 
-    # The policy, as elastic.BoundaryPolicy decides.
+    # What elastic.BoundaryPolicy does with Ray.
 
     def _usable(self) -> list[str]:
-        usable = self._up - self._leaving
-        for machine in self._failures.bad_nodes(self._world.time) if self._leave_out else []:
-            if len(usable - {machine}) >= MIN_MACHINES:
-                usable.discard(machine)
-        return sorted(usable)
+        usable = dict.fromkeys(self._up - self._leaving)
+        bad = self._failures.bad_nodes(self._world.time) if self._leave_out else []
+        return sorted(without_bad(bad, usable, lambda machines: len(machines) >= MIN_MACHINES))
 
     def _decide_on_size(self) -> None:
-        now, size = self._world.time, len(self._group)
         if not self._attempt or self._orders.order.what == "held":
             return
-        if self._asked is not None and self._orders.order.what != "save":  # nothing could be stored
-            self._asked, self._ask_again_at = None, now + ASK_AGAIN_S
-            self._told_leaving.clear()
-        if now < self._ask_again_at:
-            return
-        wanted = len(self._usable())
-        ranks = [rank for rank, machine in enumerate(self._group) if machine in self._leaving]
-        if wanted != size or ranks:  # with as many machines, but others
-            if wanted != self._asked:
-                self._orders, self._asked = self._orders.ask(wait=True, leaving=ranks), wanted
-                self._told_leaving |= self._leaving
-        elif self._asked is not None:
-            self._orders, self._asked = self._orders.withdraw(), None
-        elif self._leaving - self._told_leaving:
-            self._orders = self._orders.ask(wait=False, leaving=ranks)
-            self._told_leaving |= self._leaving
+        usable, group, leaving = self._usable(), set(self._group), set(self._leaving)
+        seen = Seen(len(usable), group, leaving, self._up - leaving - set(usable))
+        is_asked = self._orders.order.what == "save"
+        decision = self._sizing.decide(self._world.time, seen, lambda: is_asked, lambda: True)
+        if decision.do == "ask":
+            ranks = [rank for rank, machine in enumerate(self._group) if machine in leaving]
+            self._orders = self._orders.ask(wait=decision.wait, leaving=ranks)
+            self._sizing.accepted(decision, seen)
+        elif decision.do == "go on":
+            self._orders = self._orders.withdraw()
+        elif decision.do == "replace":
+            raise Broken(f"{self._attempt} is replaced though nobody has failed to store")
 
     # The coordinator and the ranks.
 
@@ -262,9 +252,9 @@ class Month:
         while self._deciding:  # it will look for the newest checkpoint
             self._world.sleep(0.1)
         self._attempt = self._latest = name
-        self._group, self._lost, self._asked = self._usable(), [], None
+        self._group, self._lost = self._usable(), []
+        self._sizing.started(len(self._group))
         self._orders, self._began = Orders(len(self._group)), self._world.time
-        self._told_leaving.clear()
         self.result.restarts[cause] = self.result.restarts.get(cause, 0) + 1
         self._tell("begin", world_size=len(self._group), cause=cause)
         if BAD in self._group:
@@ -400,9 +390,9 @@ class Month:
             if not self._orders.is_over(wish):
                 raise Broken(f"all came with step {step}, and wait: {self._orders}")
             return False
-        if len(self._usable()) == self._asked:
+        if len(self._usable()) == self._sizing.asked:
             return True
-        self._orders, self._asked = self._orders.withdraw(), None
+        self._orders, self._sizing.asked = self._orders.withdraw(), None
         return False
 
     def _store(self, lineage: Lineage, step: int) -> Manifest | None:
@@ -525,8 +515,8 @@ minutes. On one more, every attempt fails {BAD_S[0]:.0f} to {BAD_S[1]:.0f} s aft
 {STEP_S:.0f} s on all machines. A save every 20 steps takes {UPLOAD_S:.0f} s and some requests, behind training. Each \
 case has the same failures.
 
-Real code: failures and their pauses, orders for saves and resizes, commits, lines, retention, and the tally. \
-Simulated: the ranks, the machines, the decision on a size, and storage that errs ({first.requests:,} requests, \
+Real code: failures and their pauses, decisions on a size, orders for saves and resizes, commits, lines, retention, \
+and the tally. Simulated: the ranks, the machines, and storage that errs ({first.requests:,} requests, \
 {first.faults:,} faults). A restart takes what elasticity.md measured with a small model ({restarts}): a large one \
 needs the time to read its state besides.
 
