@@ -36,6 +36,12 @@ def fault_config(data: Path, storage: str, name: str, *more: str) -> RunConfig:
     return preflight(tiny_config(data, Path("x"), *overrides).model_copy(update={"storage": storage}))
 
 
+def bucket_config(data: Path, server: Server, name: str) -> RunConfig:
+    """The same in a folder of its own on S3."""
+    folder = f"s3://{BUCKET}/faults-{os.urandom(3).hex()}"
+    return fault_config(data, folder, name, f"storage_options={json.dumps(server.options)}")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict[int, float]]:
     """Losses of updates and of evaluations, which do not depend on where and how often states are stored."""
@@ -50,8 +56,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_every_fault_takes_place_and_changes_nothing(
     data: Path, server: Callable[[str], Server], uninterrupted: tuple[dict[int, float], dict[int, float]]
 ) -> None:
-    storage_options = f"storage_options={json.dumps(server('rclone').options)}"
-    cfg = fault_config(data, f"s3://{BUCKET}/faults-{os.urandom(3).hex()}", "faults", storage_options)
+    cfg = bucket_config(data, server("rclone"), "faults")
     faults = plan(seed=1, count=len(INSIDE) + len(OUTSIDE) + 1, steps=STEPS)
     play = Play(faults, server("rclone"))
     play.run(cfg)
