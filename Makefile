@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 
-.PHONY: setup demo playground test lint clean
+.PHONY: setup demo playground test check lint clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What to run while working: some minutes less than `make test`.
+check: $(STAMP) lint
+	$(BIN)/python -m pytest -m "not slow"
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

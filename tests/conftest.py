@@ -27,6 +27,15 @@ torch.set_num_threads(1)
 FIRST = ("runtime", "test_kills", "conformance", "test_cli")
 """What takes longest is begun first, so that both processes of a test run end at about the same time."""
 
+SLOW = (
+    "conformance", "runtime/test_autoscaling", "runtime/test_elastic.py", "runtime/test_faults", "runtime/test_jobs",
+    "runtime/test_meeting", "runtime/test_notice", "runtime/test_sweep", "runtime/test_train", "simulation",
+    "test_ablations", "test_cli", "test_cluster_files", "test_commands_between", "test_compiled", "test_contract",
+    "test_core_trains_with_ray_not_installed", "test_distributed", "test_kills", "test_playground", "test_remote_runs",
+    "test_rollback", "test_storage", "test_throughput", "test_two_drivers", "test_architectures",
+)  # fmt: skip
+"""Clusters, servers, several processes, and all that takes minutes: `make check` does without."""
+
 ROOT = Path(__file__).parent.parent
 AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
@@ -34,6 +43,9 @@ TOKENIZER = ROOT / "configs/quickstart/tokenizer"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
+    for item in items:
+        if any(name in item.nodeid for name in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
