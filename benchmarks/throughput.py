@@ -42,8 +42,9 @@ from relora_ray.config_file import parse_config
 from relora_ray.data.loader import MicroBatch
 from relora_ray.loop import _accumulate_gradients, _clip, _loss_sum
 from relora_ray.methods import Method, build_method
-from relora_ray.methods.lowrank import LowRankLinear, block_linears
+from relora_ray.methods.lowrank import LowRankLinear
 from relora_ray.methods.relora import Relora
+from relora_ray.methods.targets import block_linears
 from relora_ray.model import build_model, num_parameters
 from relora_ray.optim import build_adamw, trainable
 from relora_ray.parallel import World

@@ -116,6 +116,9 @@ class ModelConfig(Section):
     huggingface: str = ""
     """Instead of a size: a Hugging Face folder, `config.json` or hub name that gives the architecture of any
     causal language model. Its weights are not read: see `init_from`."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the model that are not trained, by segments of their names, such as `encoder_attn` or `vision_tower`:
+    what the model has and never uses."""
     init_from: str = ""
     """Weights to start from: a Hugging Face folder, a checkpoint of the published ReLoRA code (its adapters are
     merged), or a run's folder (`RUN` for its newest checkpoint, `RUN@STEP` for a named one). Optimizer state is not
@@ -244,13 +247,17 @@ class LoraConfig(Section):
     1e-4 and 1e-5 into weights of std 0.02 (benchmarks/results/merge-numerics.md): fp32 5e-6 and 5e-5, bf16_int8 1.3e-3
     and 1.3e-2, bf16 0.33 and 0.90."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapters' input. Above 0 the layer is computed in two branches instead of with one merged
-    matrix: slower, and a merge then changes the function by rounding."""
+    """Dropout on the adapters' input; experts' adapters have none. Above 0 the layer is computed in two branches
+    instead of with one merged matrix: slower, and a merge then changes the function by rounding."""
     trainable_scaling: bool = False
     """Learn one factor per layer on top of the scale; 1 at the start and again after every merge."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers of the transformer blocks get adapters: all of them, or these last path segments.
-    A name that matches nothing is an error."""
+    """Which linear layers and stacks of experts in the transformer blocks get adapters: all of them, or these last path
+    segments. A name that matches nothing is an error. With all-linear, what is too narrow for `lora_rank` is left
+    out, and a line says so."""
+    leave_out: tuple[str, ...] = ()
+    """Last path segments of layers that get none and stay trained in full, such as a layer whose weight the model reads
+    without calling it."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -538,6 +545,10 @@ class RunConfig(Section):
     def min_workers(self) -> int:
         return self.cluster.min_workers or self.cluster.workers
 
+
+STRUCTURAL = ("method.leave_out", "model.frozen")
+"""Settings that decide which tensors there are. A run whose version did not have them may be given any that fit its
+checkpoints."""
 
 _OPERATIONAL = (
     "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.",

@@ -22,7 +22,7 @@ from torch import nn
 from relora_ray.checkpoint import Checkpointer, Committer, Manifest, Position, Rollback, Saved
 from relora_ray.checkpoint.manifest import Counters, read_record
 from relora_ray.checkpoint.ownership import claim
-from relora_ray.config import RunConfig, flatten
+from relora_ray.config import STRUCTURAL, RunConfig, flatten
 from relora_ray.data.loader import BatchSource, MicroBatch
 from relora_ray.data.tokens import Split, TokenRows
 from relora_ray.divergence import begin_cycle, diverged, observe
@@ -38,6 +38,7 @@ from relora_ray.runs import MODEL, begin, data_storage, export_model, find_setti
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
 from relora_ray.token_loss import TokenLoss
+from relora_ray.trial import check_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,8 @@ def train(
     if state.position.step < cfg.last_step:
         wrapped = _wrap(cfg, world, state, data)
     timer = StepTimer()
+    unchecked = world.size == 1
+    """Whether gradients of the present structure have yet to be looked at: with several ranks `_wrap` has."""
 
     for step in range(state.position.step, cfg.last_step):
         began = time.perf_counter()
@@ -213,6 +216,9 @@ def train(
             # Asked of all in the reduction of the loss: a rank that hears of it a step earlier must not be alone.
             wish = supervisor is not None and supervisor.save_wanted()
             loss, wanted = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step, wish)
+            if unchecked:
+                check_gradients(state.model)
+                unchecked = False
             grad_norm = _clip(state.model, cfg.optimizer.grad_clip)
             # Loss and gradients are reduced: every rank sees the same numbers and takes the same branch.
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -235,6 +241,7 @@ def train(
                 del wrapped  # with its buckets, which hold a gradient of every weight
                 gc.collect()
                 wrapped = _wrap(cfg, world, state, data)
+                unchecked = world.size == 1
         if _eval_due(cfg, done):
             record_eval()
         if wanted or _save_due(cfg, method, done):
@@ -364,9 +371,10 @@ def build_state(cfg: RunConfig, method: Method, world: World, step: int) -> Trai
 def identity_digest(cfg: RunConfig, data_fingerprint: str) -> str:
     """Digest of all that decides the run's result: a checkpoint of another run is not gone on from.
 
-    Settings at their defaults are left out, so that a version with one more setting still knows its own runs.
+    Settings at their defaults are left out, so that a version with one more setting still knows its own runs; and so
+    are those that show in the tensors' names.
     """
-    given = flatten(cfg.model_dump(mode="json", exclude_defaults=True)).keys() | {"method.kind"}
+    given = flatten(cfg.model_dump(mode="json", exclude_defaults=True)).keys() - set(STRUCTURAL) | {"method.kind"}
     settings = {k: v for k, v in cfg.identity().items() if k in given} | {"data.fingerprint": data_fingerprint}
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -377,7 +385,9 @@ def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Mod
     if compiled:
         torch._dynamo.reset()  # graphs of parameters that are gone, and only so many may be made
     loss = TokenLoss(state.model, cfg.train, compiled=compiled)
-    return world.wrap(loss, warm_up=lambda wrapped: _loss_sum(wrapped, batch))
+    return world.wrap(
+        loss, warm_up=lambda wrapped: _loss_sum(wrapped, batch), check=lambda: check_gradients(state.model)
+    )
 
 
 def _accumulate_gradients(

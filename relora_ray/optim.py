@@ -22,12 +22,14 @@ STATE_NAMES = ("step", *MOMENTS)
 def build_adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2019) over `model`'s trainable parameters.
 
-    Matrices decay, tensors of one dimension or none (norms, biases, scalars) do not. The learning rate is set
-    by the loop at every step.
+    Matrices decay; tensors of one dimension or none do not (norms, biases, scalars), and neither do what state space
+    models call A_log, what an architecture marks, and norms of several heads. The learning rate is set by the loop at
+    every step.
     """
+    spared = _without_decay(model)
     groups = [
-        {"params": [p for p in trainable(model) if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable(model) if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable(model) if p not in spared], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trainable(model) if p in spared], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -39,6 +41,19 @@ def build_adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     for parameter in trainable(model):
         optimizer.state[parameter] = _fresh_state(parameter)
     return optimizer
+
+
+def _without_decay(model: nn.Module) -> set[nn.Parameter]:
+    return {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim < 2
+        or (parameter.ndim > 2 and sum(size > 1 for size in parameter.shape) < 2)  # a vector: RWKV's time_mix
+        or "norm" in type(module).__name__.lower()
+        or name == "A_log"
+        or getattr(parameter, "_no_weight_decay", False)
+    }
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -55,12 +55,15 @@ class World:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def wrap(self, model: nn.Module, warm_up: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+    def wrap(
+        self, model: nn.Module, warm_up: Callable[[nn.Module], torch.Tensor], check: Callable[[], None] = lambda: None
+    ) -> nn.Module:
         """`model` under DDP (every rank, at the same step); itself in a world of one.
 
         DDP lays out its buckets anew after its first backward pass, and a ring all-reduce of three or more ranks
         adds in an order that depends on the place in a bucket. So that a resumed run adds in the same order as
-        one that went on, that first pass is spent here, on `warm_up`'s loss, whose gradients are dropped.
+        one that went on, that first pass is spent here, on `warm_up`'s loss, whose gradients are dropped. Before that
+        `check` is called: DDP's next pass would fail for a parameter without one, and not name it.
         """
         if self.size == 1:
             return model
@@ -72,6 +75,7 @@ class World:
             init_sync=False,  # replicas are equal by construction, and checked: assert_same_
         )
         warm_up(wrapped).backward()
+        check()
         model.zero_grad(set_to_none=False)  # as after any other step
         return wrapped
 

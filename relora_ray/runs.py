@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
+import yaml
 from torch import nn
 
 from relora_ray.checkpoint import (
@@ -36,7 +37,7 @@ from relora_ray.checkpoint import (
 )
 from relora_ray.checkpoint.manifest import SetupObject
 from relora_ray.checkpoint.ownership import Term
-from relora_ray.config import RunConfig
+from relora_ray.config import STRUCTURAL, RunConfig, flatten
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError, ReloraError
@@ -113,11 +114,14 @@ def check_run(cfg: RunConfig) -> RunConfig:
     history = read_history(storage)
     if not history.paths:
         return _with_fingerprint(cfg, open_data(cfg).fingerprint)
-    known = find_setting(storage, history).config()
+    setting = find_setting(storage, history)
+    known = setting.config()
     if not cfg.data.fingerprint:
         cfg = _with_fingerprint(cfg, known.data.fingerprint)
     before, now = known.identity(), cfg.identity()
-    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    # Its version trained what these leave out, without a word or in another way: what it did is for its user to say.
+    open_to_choice = set(STRUCTURAL) - setting.keys()
+    differing = [k for k in sorted((before.keys() | now.keys()) - open_to_choice) if before.get(k) != now.get(k)]
     if differing:
         lines = [f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differing]
         raise ConfigError(
@@ -168,6 +172,10 @@ class Setting:
 
     def config(self) -> RunConfig:
         return parse_config(self.get(CONFIG).decode(), source=f"{self.place.url}/{CONFIG}")
+
+    def keys(self) -> set[str]:
+        """Dotted, of all settings that are written down: all that its version had."""
+        return set(flatten(yaml.safe_load(self.get(CONFIG).decode())))
 
     def names(self) -> list[str]:
         """All that belongs to it."""

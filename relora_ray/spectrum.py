@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from relora_ray.errors import ConfigError, ReloraError
-from relora_ray.methods.lowrank import block_linears
+from relora_ray.methods.targets import block_linears
 from relora_ray.model import build_model
 from relora_ray.plots import pyplot
 from relora_ray.runs import load_trained

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
 from relora_ray.config import TrainConfig
 
@@ -28,6 +29,20 @@ CHUNK_BYTES = 256 * 2**20
 """The logits of a chunk, in the dtype of the computation: so large that adding up chunks' gradients costs little."""
 SOFTMAX_BYTES = {"cpu": 8 * 2**20, "cuda": CHUNK_BYTES}
 """What exists of the logits in fp32 at a time: on a CPU what its cache holds."""
+LARGE = 100.0
+"""Logits of about this size are beyond every cap in use."""
+
+
+def _router_weight(model: nn.Module) -> float:
+    """Of the balancing loss of experts in the architecture's loss; 0 where its config does not ask for one."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    if not getattr(text, "output_router_logits", False):
+        return 0.0
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if (weight := getattr(model, name, getattr(text, name, None))) is not None:
+            return float(weight)
+    return 0.0
 
 
 class TokenLoss(nn.Module):
@@ -39,7 +54,8 @@ class TokenLoss(nn.Module):
         self.model = model
         self.bf16, self.chunk_tokens = cfg.precision == "bf16", cfg.loss_chunk_tokens
         backbone = getattr(model, "base_model", model)
-        self._head_is_plain: bool | None = False if backbone is model else None
+        self._extra_weight = _router_weight(model)
+        self._head_is_plain: bool | None = False if backbone is model or self._extra_weight else None
         """None: not tried out yet."""
         # In tuples, which register nothing: they hold the same parameters as `model`.
         self._parts = (model, backbone, softmax_loss_)
@@ -48,14 +64,16 @@ class TokenLoss(nn.Module):
             self._run = tuple(torch.compile(each) for each in self._parts)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """inputs, targets: (rows, tokens) ids; weights: (rows,). Returns an fp32 scalar."""
+        """inputs, targets: (rows, tokens) ids; weights: (rows,). Returns an fp32 scalar.
+
+        Where the architecture's config has a loss of its own for the router of experts, it is added while training,
+        with the weight of the tokens."""
         model, backbone, softmax = self._run
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+        # A parameter that is computed is computed once in a pass, not at every expert that reads its matrix.
+        with parametrize.cached(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             chunk = self._chunk(inputs)
             if not chunk:
-                logits = model(input_ids=inputs).logits
-                per_token = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-                return (per_token.view(targets.shape).sum(1) * weights).sum()
+                return self._whole(model(input_ids=inputs), targets, weights)
             hidden = backbone(input_ids=inputs)[0]
             head = self._head()
             dtype = torch.bfloat16 if self.bf16 else hidden.dtype
@@ -66,6 +84,13 @@ class TokenLoss(nn.Module):
                 hidden, head.weight, head.bias, targets.flatten(), per_token_weights, dtype, chunk, softmax, wanted
             )
         return total
+
+    def _whole(self, output: Any, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        per_token = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        total = (per_token.view(targets.shape).sum(1) * weights).sum()
+        if not (self._extra_weight and self.model.training):
+            return total
+        return total + self._extra_weight * output.aux_loss * (weights.sum() * targets.shape[1])
 
     def _head(self) -> nn.Linear:
         return self.model.get_output_embeddings()  # type: ignore[operator]
@@ -84,13 +109,20 @@ class TokenLoss(nn.Module):
 
     @torch.no_grad()
     def _has_plain_head(self, inputs: torch.Tensor) -> bool:
-        """Whether the logits are the head of the backbone's output and nothing else: no cap, no scale. Tried out."""
+        """Whether the logits are the head of the backbone's output and nothing else: no cap, no scale. Tried out, with
+        large random weights in the head: its own may be zero, or too small for a cap to show."""
         backbone, head, training = self._parts[1], self._head(), self.model.training
         self.model.eval()
-        ids = inputs[:1, :8]
-        plain = type(head) is nn.Linear and torch.equal(
-            head(backbone(input_ids=ids)[0]), self.model(input_ids=ids).logits
-        )
+        ids, plain = inputs[:1, :8], type(head) is nn.Linear
+        if plain:
+            hidden, own = backbone(input_ids=ids)[0], head.weight
+            drawn = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own)
+            drawn *= LARGE / hidden.float().norm(dim=-1).mean().clamp_min(1e-6)
+            head.weight = nn.Parameter(drawn, requires_grad=False)  # alone, though an embedding may share it
+            try:
+                plain = torch.equal(head(hidden), self.model(input_ids=ids).logits)
+            finally:
+                head.weight = own
         self.model.train(training)
         if not plain:
             logger.warning(

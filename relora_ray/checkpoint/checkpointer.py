@@ -440,7 +440,8 @@ def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Ten
     if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not _is_moment(n)}):
         raise CheckpointError(
             f"{part.folder} and the model differ in tensors: {wrong[0]} and {len(wrong) - 1} more are on one "
-            f"side only. Use the config that the checkpoint was made with."
+            f"side only. Use the config that the checkpoint was made with. If an earlier version began the run, name "
+            f"in method.leave_out the stacks of experts and the layers that it trained in full."
         )
     with torch.no_grad():
         for name in absent:  # moments that were all zero are not stored

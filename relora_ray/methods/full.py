@@ -10,7 +10,7 @@ from relora_ray.methods.base import BoundaryReport, Method
 
 class Full(Method):
     def adapt(self, model: nn.Module, step: int) -> None:
-        model.requires_grad_(True)
+        """What the architecture freezes stays so."""
 
     def frozen_names(self, model: nn.Module) -> set[str]:
         return set()

@@ -32,7 +32,6 @@ class Lora(Method):
         self.lora: LoraConfig = cfg.method
 
     def adapt(self, model: nn.Module, step: int) -> None:
-        model.requires_grad_(True)
         if step >= self.lora.warm_start_steps:
             wrap_(model, self.lora, step)
             if self.cfg.keeps_effective_weights:

@@ -22,71 +22,70 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from relora_ray.config import LoraConfig
-from relora_ray.errors import ConfigError
 from relora_ray.keyed import key
-from relora_ray.plan import all_values, value_at
+from relora_ray.methods.targets import find_targets
+from relora_ray.plan import value_at
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_gain")
-FROZEN_NAMES = ("weight", "residual")
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Names of sibling layers that are given the same input, in Hugging Face's models."""
 
 
-class LowRankLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank update. Takes over the parameters of the layer it replaces.
+class LowRank(nn.Module):
+    """Adapters, and the frozen matrix W that they are added to: one of a linear layer, or one of each expert.
 
-    `weight` keeps its name and layout: (out, in) from nn.Linear, (in, out) from GPT-2's Conv1D. How it is stored is
-    `frozen_weights`: in fp32, in bf16 with an int8 `residual` of the same shape, or in bf16. A bias stays trainable.
-    `lora_gain`, if there is one, is a learned factor on the scale.
-
-    `effective`, if it is kept, is W + scale * B A in the dtype of the computation. Whoever changes a part of it in
-    place calls `refresh_`, as draws, which follow a merge, and the optimizers of `methods.lora` do. Eager code notices
-    most other changes by the parts' versions, and rebuilds; but a fused optimizer on the CPU raises no versions.
+    W keeps its layout: (out, in) from nn.Linear, (in, out) from GPT-2's Conv1D, the same after a dimension of experts.
+    How it is stored is `frozen_weights`: in fp32, in bf16 with an int8 `residual` of the same shape, or in bf16.
+    `lora_gain`, if there is one, is a learned factor on the scale of each matrix.
     """
 
+    weight: nn.Parameter
     residual: torch.Tensor | None
-    effective: torch.Tensor | None
 
-    def __init__(self, linear: nn.Linear | Conv1D, cfg: LoraConfig, step: int = 0) -> None:
-        """As `cfg` has it after `step` updates."""
+    def __init__(
+        self, weight: nn.Parameter, cfg: LoraConfig, step: int, *, transposed: bool, bias: nn.Parameter | None = None
+    ) -> None:
+        """As `cfg` has it after `step` updates. `transposed`: W is (in, out)."""
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.transposed = isinstance(linear, Conv1D)
-        self.dropout = cfg.dropout
-        self.training = linear.training
+        self.transposed = transposed
+        self.hold(weight)
+        self.bias = bias
         self.new_adapters_(cfg, step)
         self.register_buffer("residual", None)
-        self.register_buffer("effective", None, persistent=False)
-        self._versions: tuple[int, ...] = ()
-        self.together: Together | None = None
-        self._take_weight(linear.weight, cfg)
+        self._take_weight(weight, cfg)
+
+    def hold(self, weight: nn.Parameter) -> None:
+        self.weight = weight
 
     def new_adapters_(self, cfg: LoraConfig, step: int) -> None:
         """Adapters of the rank that holds after `step` updates, as new parameters. They are zero until `redraw_`."""
         rank, device = value_at(cfg.lora_rank, step), self.weight.device
-        in_features, out_features = self.weight.shape if self.transposed else reversed(self.weight.shape)
+        *experts, rows, columns = self.weight.shape
+        in_features, out_features = (rows, columns) if self.transposed else (columns, rows)
         self.scale = cfg.alpha / (math.sqrt(rank) if cfg.rslora else rank)
-        self.lora_A = nn.Parameter(torch.zeros(rank, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        self.lora_gain = nn.Parameter(torch.ones((), device=device)) if cfg.trainable_scaling else None
+        self.lora_A = nn.Parameter(torch.zeros(*experts, rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, rank, device=device))
+        gain = torch.ones((*experts, 1, 1) if experts else (), device=device)
+        self.lora_gain = nn.Parameter(gain) if cfg.trainable_scaling else None
 
     @torch.no_grad()
-    def _take_weight(self, weight: torch.Tensor, cfg: LoraConfig) -> None:
+    def _take_weight(self, weight: nn.Parameter, cfg: LoraConfig) -> None:
         weight.requires_grad_(False)
         weight.grad = None  # a view of DDP's buckets, which would stay alive with it
         if cfg.frozen_weights == "fp32":
             return
-        self.weight = nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False)
+        self.hold(nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16), requires_grad=False))
         if cfg.frozen_weights == "bf16_int8":
             self.residual = torch.empty_like(weight, dtype=torch.int8)
         self.set_frozen_(weight)
@@ -112,14 +111,84 @@ class LowRankLinear(nn.Module):
         with _no_autocast(self.weight):
             return _merged(self._parts(), self.scale, self.transposed)
 
+    def merge_(self) -> None:
+        """Add the update to W. The adapters are stale until `redraw_`."""
+        self.set_frozen_(self.merged())
+
+    @torch.no_grad()
+    def redraw_(self, seed: int) -> None:
+        """A anew from `seed`, B zero, gain one. A is drawn on the CPU, so it is the same on any device."""
+        bound = 1 / math.sqrt(self.lora_A.shape[-1])  # kaiming_uniform_ with a = sqrt(5), as in LoRA's code
+        generator = torch.Generator().manual_seed(seed)
+        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        self.lora_B.zero_()
+        if self.lora_gain is not None:
+            self.lora_gain.fill_(1.0)
+        self.refresh_()
+
     def keep_effective_(self, dtype: torch.dtype) -> None:
-        """Keep the effective weight from now on, for computations in `dtype`."""
+        """Keep the effective weight from now on, for computations in `dtype`, if this one can."""
+
+    def refresh_(self) -> None:
+        """Bring a kept effective weight up to date, in place."""
+
+    def _parts(self) -> tuple[torch.Tensor | None, ...]:
+        """What the effective weight is made of."""
+        return self.weight, self.residual, self.lora_A, self.lora_B, self.lora_gain
+
+    def extra_repr(self) -> str:
+        *_, rank, in_features = self.lora_A.shape
+        return f"{in_features} -> {self.lora_B.shape[-2]}, lora_rank={rank}, scale={self.scale:g}"
+
+
+class LowRankStack(LowRank):
+    """Adapters on the matrices of experts, which Hugging Face keeps in one parameter of three dimensions: to it, a
+    parametrization of that parameter. Whoever reads the parameter gets W + scale * B A, of every expert.
+
+    Autograd goes through the sum, so a gradient of every matrix exists for a moment. There is no dropout.
+    """
+
+    def hold(self, weight: nn.Parameter) -> None:
+        self._held = (weight,)  # in a tuple, which registers nothing: it belongs to the list of parametrizations
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return self._held[0]
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with _no_autocast(weight):
+            return _merged(
+                (weight, self.residual, self.lora_A, self.lora_B, self.lora_gain), self.scale, self.transposed
+            )
+
+
+class LowRankLinear(LowRank):
+    """A frozen linear layer with a trained low-rank update. Takes over the parameters of the layer it replaces; a bias
+    stays trainable.
+
+    `effective`, if it is kept, is W + scale * B A in the dtype of the computation. Whoever changes a part of it in
+    place calls `refresh_`, as draws, which follow a merge, and the optimizers of `methods.lora` do. Eager code notices
+    most other changes by the parts' versions, and rebuilds; but a fused optimizer on the CPU raises no versions.
+    """
+
+    effective: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear | Conv1D, cfg: LoraConfig, step: int = 0) -> None:
+        super().__init__(
+            cast(nn.Parameter, linear.weight), cfg, step, transposed=isinstance(linear, Conv1D), bias=linear.bias
+        )
+        self.dropout = cfg.dropout
+        self.training = linear.training
+        self.register_buffer("effective", None, persistent=False)
+        self._versions: tuple[int, ...] = ()
+        self.together: Together | None = None
+
+    def keep_effective_(self, dtype: torch.dtype) -> None:
         self.effective = torch.empty_like(self.weight, dtype=dtype)
         self.refresh_()
 
     @torch.no_grad()
     def refresh_(self) -> None:
-        """Bring a kept effective weight up to date, in place."""
         if self.together is not None:
             self.together.forget()
         if self.effective is not None:
@@ -152,29 +221,6 @@ class LowRankLinear(nn.Module):
             h = F.linear(F.dropout(x, self.dropout, training=True), self.lora_A.to(x.dtype))
             scale = self.scale if self.lora_gain is None else self.scale * self.lora_gain.to(x.dtype)
             return base + F.linear(h * scale, self.lora_B.to(x.dtype))  # scaled at r columns, not at out
-
-    def _parts(self) -> tuple[torch.Tensor | None, ...]:
-        """What the effective weight is made of."""
-        return self.weight, self.residual, self.lora_A, self.lora_B, self.lora_gain
-
-    def merge_(self) -> None:
-        """Add the update to W. The adapters are stale until `redraw_`."""
-        self.set_frozen_(self.merged())
-
-    @torch.no_grad()
-    def redraw_(self, seed: int) -> None:
-        """A anew from `seed`, B zero, gain one. A is drawn on the CPU, so it is the same on any device."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])  # kaiming_uniform_ with a = sqrt(5), as in LoRA's code
-        generator = torch.Generator().manual_seed(seed)
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
-        self.lora_B.zero_()
-        if self.lora_gain is not None:
-            self.lora_gain.fill_(1.0)
-        self.refresh_()
-
-    def extra_repr(self) -> str:
-        rank, in_features = self.lora_A.shape
-        return f"{in_features} -> {self.lora_B.shape[0]}, lora_rank={rank}, scale={self.scale:g}"
 
 
 class Together:
@@ -296,8 +342,9 @@ def _merged(parts: Sequence[Any], scale: float, transposed: bool) -> torch.Tenso
     weight, residual, a, b, gain = parts
     left, right = b.float() if gain is None else b.float() * gain, a.float()
     if transposed:
-        left, right = right.T, left.T
-    return torch.addmm(_frozen(weight, residual), left, right, alpha=scale)
+        left, right = right.mT, left.mT
+    add = torch.addmm if weight.ndim == 2 else torch.baddbmm
+    return add(_frozen(weight, residual), left, right, alpha=scale)
 
 
 def _out_in(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -344,40 +391,30 @@ def _full_fp32() -> Iterator[None]:
 
 
 def wrap_(model: nn.Module, cfg: LoraConfig, step: int = 0) -> list[str]:
-    """Put adapters on the linear layers of `model`'s blocks that `cfg` names, of the rank that holds after `step`
-    updates; returns their paths.
+    """Put adapters on the matrices of `model`'s blocks that `cfg` names, of the rank that holds after `step` updates;
+    returns their paths.
 
-    The rest (embeddings, norms, head, biases) stays trainable. Adapters hold zeros until `redraw_all_`.
-    Raises ConfigError for a name that matches nothing and a rank above a layer's smaller side.
+    The rest (embeddings, norms, head, biases) stays trainable. Adapters hold zeros until `redraw_all_`. A weight that
+    several layers share gets one adapter. Raises ConfigError, see `targets.find_targets`.
     """
-    linears = dict(block_linears(model))
-    wanted = None if cfg.target_modules == "all-linear" else set(cfg.target_modules)
-    last_segments = {path.rpartition(".")[2] for path in linears}
-    for name in sorted((wanted or set()) - last_segments):
-        raise ConfigError(
-            f"method.target_modules has {name!r}, which is the last path segment of no linear layer in the blocks of "
-            f"{type(model).__name__}. Its linear layers are {', '.join(sorted(last_segments))}."
-        )
-    chosen = {path: m for path, m in linears.items() if wanted is None or path.rpartition(".")[2] in wanted}
-    if not chosen:
-        raise ConfigError(f"{type(model).__name__} has no linear layers inside its blocks: nothing to put adapters on.")
-    largest = max(all_values(cfg.lora_rank))
-    for path, linear in chosen.items():
-        if largest > min(linear.weight.shape):
-            raise ConfigError(
-                f"method.lora_rank={cfg.lora_rank} is more than {min(linear.weight.shape)}, the smaller side of {path} "
-                f"{tuple(linear.weight.shape)}. Use a rank of at most {min(linear.weight.shape)}."
-            )
-    if wanted is None:
-        _warn_of_unwrapped_matrices(model, set(chosen))
+    targets = find_targets(model, cfg)
+    targets.say_what_is_left(type(model).__name__)
     parents: dict[str, dict[str, LowRankLinear]] = {}
-    for path, linear in chosen.items():
-        parent, _, name = path.rpartition(".")
-        layer = parents.setdefault(parent, {})[name] = LowRankLinear(linear, cfg, step)
-        setattr(model.get_submodule(parent), name, layer)
+    for paths in targets.linears:
+        layer = LowRankLinear(cast(nn.Linear, model.get_submodule(paths[0])), cfg, step)
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer)
+        parents.setdefault(paths[0].rpartition(".")[0], {})[paths[0].rpartition(".")[2]] = layer
     for siblings in parents.values():
         _put_together(siblings)
-    return list(chosen)
+    for path in targets.stacks:
+        parent, _, name = path.rpartition(".")
+        module = model.get_submodule(parent)
+        stack = LowRankStack(getattr(module, name), cfg, step, transposed=bool(getattr(module, "is_transposed", False)))
+        setattr(module, name, stack.weight)
+        parametrize.register_parametrization(module, name, stack, unsafe=True)
+    return [paths[0] for paths in targets.linears] + targets.stacks
 
 
 def _put_together(siblings: dict[str, LowRankLinear]) -> None:
@@ -387,33 +424,26 @@ def _put_together(siblings: dict[str, LowRankLinear]) -> None:
             Together(layers)
 
 
-def _warn_of_unwrapped_matrices(model: nn.Module, wrapped: set[str]) -> None:
-    """Experts and the like hold matrices that are no linear layers: they stay trained in full."""
-    left = {
-        name: parameter.numel()
-        for block in _block_lists(model)
-        for name, parameter in model.named_parameters()
-        if name.startswith(f"{block}.") and parameter.ndim >= 2 and name.rpartition(".")[0] not in wrapped
-    }
-    if left:
-        logger.warning(
-            "%d matrices inside the blocks are no linear layers: they stay trained in full (%.1f M), such as %s",
-            len(left),
-            sum(left.values()) / 1e6,
-            next(iter(left)),
-        )
+def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
+    """By the path of the plain model's layer, or of its parameter where that is a stack. A layer that is at several
+    paths is at the first."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
+    return {_plain(path) if isinstance(layer, LowRankStack) else path: layer for path, layer in layers.items()}
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def _plain(path: str) -> str:
+    """`experts.parametrizations.down_proj.0`, as the library names it, is experts.down_proj."""
+    module, _, parameter = path.rpartition(".parametrizations.")
+    return f"{module}.{parameter.partition('.')[0]}"
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and tensors of all adapters' trained parameters."""
-    for path, layer in low_rank_layers(model).items():
-        for name in ADAPTER_NAMES:
-            if (parameter := getattr(layer, name)) is not None:
-                yield f"{path}.{name}", parameter
+    for path, module in model.named_modules():
+        if isinstance(module, LowRank):
+            for name in ADAPTER_NAMES:
+                if (parameter := getattr(module, name)) is not None:
+                    yield f"{path}.{name}", parameter
 
 
 def merge_all_(model: nn.Module) -> int:
@@ -449,34 +479,38 @@ def redraw_all_(model: nn.Module, *, seed: int, boundary: int) -> None:
         layer.redraw_(key(seed, "lora_A", boundary, path))
 
 
+def _entries(model: nn.Module) -> Iterator[tuple[str, LowRank | None, str]]:
+    """Of each state-dict entry its name, the layer with adapters that it belongs to, and the plain model's name for
+    what it holds; empty where it holds no weight or bias of the plain model."""
+    layers = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRank)}
+    stacks = {path.removesuffix(".0"): m for path, m in layers.items() if isinstance(m, LowRankStack)}
+    for name in model.state_dict():
+        path, _, leaf = name.rpartition(".")
+        if path in stacks:
+            yield name, stacks[path], _plain(f"{path}.0")
+        elif path in layers:
+            yield name, layers[path], name if leaf in ("weight", "bias") else ""
+        else:
+            yield name, None, name
+
+
 def frozen_names(model: nn.Module) -> set[str]:
     """Names of the state-dict entries that hold wrapped layers' W."""
-    layers = low_rank_layers(model)
-    return {n for n in model.state_dict() if n.rpartition(".")[0] in layers and n.rpartition(".")[2] in FROZEN_NAMES}
+    return {
+        name
+        for name, layer, _ in _entries(model)
+        if layer is not None and name.rpartition(".")[2] in ("weight", "original", "residual")
+    }
 
 
 @torch.no_grad()
 def folded_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict of the unwrapped architecture with every update added in: fp32, on the CPU, copies."""
-    layers = low_rank_layers(model)
-    dense = {}
+    own, dense = model.state_dict(), {}
     with _full_fp32():
-        for name, tensor in model.state_dict().items():
-            path, _, leaf = name.rpartition(".")
-            if path not in layers or leaf == "bias":
-                dense[name] = tensor.detach().to("cpu", torch.float32, copy=True)
-            elif leaf == "weight":
-                dense[name] = layers[path].merged().cpu()
+        for name, layer, plain in _entries(model):
+            if layer is None or name.endswith(".bias"):
+                dense[plain] = own[name].detach().to("cpu", torch.float32, copy=True)
+            elif plain:
+                dense[plain] = layer.merged().cpu()
     return dense
-
-
-def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Linear layers inside the model's lists of blocks: not the head, not the embeddings."""
-    blocks = _block_lists(model)
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and any(path.startswith(f"{block}.") for block in blocks):
-            yield path, module
-
-
-def _block_lists(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]

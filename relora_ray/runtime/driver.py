@@ -36,6 +36,7 @@ from relora_ray.runtime.coordinator import CoordinatorActor
 from relora_ray.runtime.messages import Event, log_event
 from relora_ray.runtime.owner import owning
 from relora_ray.storage import Storage
+from relora_ray.trial import try_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
         )
     cfg = _with_absolute_paths(cfg)
     open_batches(cfg, World())
-    if cfg.model.llama is None:  # the config has checked LLaMA's shapes; others are seen by wrapping a shell
+    if cfg.model.llama is None:  # LLaMA is known; others are tried out small, and wrapped at their size
+        try_architecture(cfg)
         shell = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta")
         check_vocabulary(embedding_rows(shell), open_data(cfg))
         build_method(cfg).adapt(shell, cfg.steps)

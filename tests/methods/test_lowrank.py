@@ -307,10 +307,21 @@ def test_names_match_the_last_segment_only() -> None:
         wrap_(build("pythia", False), lora(target_modules=("attention",)))
 
 
-def test_rank_above_the_smaller_side_is_an_error() -> None:
+def test_layer_that_is_too_narrow_for_the_rank_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama", False)
+    wrapped = wrap_(model, lora(lora_rank=17))
+    assert wrapped
+    assert not [path for path in wrapped if path.endswith(("k_proj", "v_proj"))]
+    assert "self_attn.k_proj: their smaller side is less than method.lora_rank=17" in caplog.text
+    assert model.get_submodule("model.layers.0.self_attn.k_proj").weight.requires_grad
+
+
+def test_rank_above_the_smaller_side_of_all_or_of_one_that_is_named_is_an_error() -> None:
     model = build("llama", False)
     with pytest.raises(ConfigError, match=r"method.lora_rank=17 is more than 16, the smaller side of .*k_proj"):
-        wrap_(model, lora(lora_rank=17))
+        wrap_(model, lora(lora_rank=17, target_modules=["k_proj"]))
+    with pytest.raises(ConfigError, match=r"no matrix in its blocks that can have adapters: their smaller side"):
+        wrap_(model, lora(lora_rank=1000))
     assert not low_rank_layers(model)
 
 

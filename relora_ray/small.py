@@ -1,0 +1,96 @@
+"""The architecture of a model at a tiny width: what it is tried out with before anything is spent.
+
+A forward and backward pass of a model says more about an architecture than its code does: whether it looks ahead, which
+of its layers are called, what it adds to the loss. At full size that takes a machine; at tiny width, a second.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import transformers
+
+MOST_LAYERS = 4
+"""So many blocks at most; more where a kind of block begins later."""
+VOCABULARY, POSITIONS = 128, 64
+
+_SIZES: tuple[tuple[str, int], ...] = (
+    # Regular expressions of names; the first that fits decides. Nothing becomes larger than it was.
+    (r".*vocab_size.*|codebook_size", VOCABULARY),
+    (r".*max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions", POSITIONS),
+    (r".*num_key_value_heads.*|num_kv_heads|num_query_groups|linear_num_key_heads", 2),
+    (r".*mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
+    (r".*num_.*heads|.*attention_heads|n_heads?|linear_num_value_heads", 4),
+    (r".*num_experts_per_tok(en)?|moe_k|moe_topk|num_selected_experts|moe_top_k", 2),
+    (r".*n_routed_experts|.*num_(local_)?experts|zero_expert_num", 4),
+    (r"n_group|topk_group|num_expert_group|n_groups|mamba_n_groups|o_groups", 1),
+    (r"qk_head_dim|index_head_dim", 16),
+    (r"rotary_dim", 4),
+    (r".*head_dim.*|.*head_size|d_head|dim_head|kv_channels|mamba_d_head|mamba_headdim", 8),
+    (r".*lora_rank|.*_rank|mamba_d_state|state_size|ssm_state_size", 4),
+    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|inner_dim|feed_forward_size).*|n_inner|d_ff|dff|dim_ff", 64),
+    (r"d_inner|mamba_d_ssm", 64),
+    (r".*hidden_size|d_model|n_embd|dim|emb_dim|.*embedding_(size|dim)|word_embed_proj_dim|lru_width", 32),
+    (r".*(chunk_size|block_size|sliding_window|window_size|chunk_length|index_topk)", 16),
+    (r"query_pre_attn_scalar", 8),
+    (r"(attn|expert)_layer_period", 2),
+    (r"(attn|expert)_layer_offset", 1),
+)
+_DEPTHS = re.compile(
+    r"num_(hidden_)?layers|n_layers?|(encoder|decoder)_layers|num_(encoder|decoder)_layers|num_blocks|depth"
+)
+
+
+def small_config(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """The same architecture at a tiny width and depth, without dropout and cache. Raises what the library raises where
+    that is no config of it."""
+    given = config.to_dict()
+    small = {name: _smaller(name, value) for name, value in given.items()}
+    if (heads := given.get("num_attention_heads")) is not None and heads == given.get("num_key_value_heads"):
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    depth = next((value for name, value in given.items() if _DEPTHS.fullmatch(name) and isinstance(value, int)), 0)
+    by_layer = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == depth > 0}
+    kept = _layers_to_keep([tuple(map(str, kinds)) for kinds in zip(*by_layer.values(), strict=True)])
+    small |= {name: [value[n] for n in kept] for name, value in by_layer.items()}
+    if isinstance(only := given.get("per_layer_config"), dict):
+        small["per_layer_config"] = {n: only[n] for n in only if int(n) < MOST_LAYERS}
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, transformers.PretrainedConfig):
+            small[name] = small_config(inner)
+    return type(config)(**small | _QUIRKS.get(config.model_type, {}) | {"use_cache": False})
+
+
+def _layers_to_keep(kinds: list[tuple[str, ...]]) -> list[int]:
+    """Blocks of every kind, if there is room, else the first ones."""
+    firsts = [n for n, kind in enumerate(kinds) if kind not in kinds[:n]][:MOST_LAYERS]
+    others = [n for n in range(len(kinds)) if n not in firsts]
+    return sorted(firsts + others[: MOST_LAYERS - len(firsts)])
+
+
+def _smaller(name: str, value: Any) -> Any:
+    if isinstance(value, float) and ("dropout" in name or "pdrop" in name or name.endswith("drop")):
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if _DEPTHS.fullmatch(name):
+        return min(value, MOST_LAYERS)
+    if name.endswith(("_token_id", "_token_index")):
+        return min(value, VOCABULARY - 1)
+    for pattern, size in _SIZES:
+        if re.fullmatch(pattern, name):
+            return min(value, size)
+    return value
+
+
+_BLOCKS = ["mamba", "hybrid", "mamba", "hybrid"]
+
+_QUIRKS: dict[str, dict[str, Any]] = {
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "zamba": {"layers_block_type": _BLOCKS, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": _BLOCKS, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+}  # fmt: skip

@@ -1,0 +1,222 @@
+"""python -m tests.architectures > docs/architectures.md
+
+Every causal architecture of transformers at a tiny width, taken through what a run does with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from relora_ray.config import ModelConfig, ReloraConfig, RunConfig
+from relora_ray.errors import ConfigError
+from relora_ray.methods.lowrank import (
+    LowRankStack,
+    folded_state_dict,
+    low_rank_layers,
+    merge_all_,
+    redraw_all_,
+    refresh_all_,
+    wrap_,
+)
+from relora_ray.model import build_model, check_causal, save_hf_folder
+from relora_ray.optim import build_adamw
+from relora_ray.small import small_config
+from relora_ray.trial import _check_loss, _ids, _loss, check_gradients
+from tests.tiny import tiny_config
+
+INCOMPLETE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64},
+    "dots1": {"n_routed_experts": 32, "num_experts_per_tok": 4, "n_shared_experts": 1},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
+"""What the default config of an architecture lacks."""
+
+ENCODERS = {
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Decoders only if their config says so, as here: is_decoder."""
+
+NOT_TRAINED = {
+    "cpmant": "it looks ahead: it is no causal model",
+    "prophetnet": "its own loss is another than the cross-entropy of the next token",
+    "xlm": "it looks ahead: it is no causal model",
+    "xlnet": "it looks ahead: it is no causal model",
+}
+"""Refused, and rightly."""
+
+NOT_TRIED = {
+    "blt": "reads bytes in patches, of sizes that its tiny form does not have",
+    "cohere_compass_text": "its default config does not build",
+    "dbrx": "its default config does not build",
+    "emu3": "what is exported of it is no causal language model to transformers",
+    "mllama": "what is exported of it is no causal language model to transformers",
+    "dots3_note": "no tiny form",
+    "dots3_note_text": "no tiny form",
+    "gemma3n": "needs the library timm",
+    "gemma3n_text": "no tiny form",
+    "gemma4_assistant": "its default config does not build",
+    "gemma4_unified_assistant": "no tiny form",
+    "musicgen": "of music",
+    "musicgen_melody": "of music",
+    "qwen4_exp": "its default config does not build",
+    "qwen4_exp_text": "its default config does not build",
+    "reformer": "takes rows of one length only",
+    "xmod": "needs to be told a language",
+}
+
+
+HEAD = """# Architectures
+
+Every causal language model of transformers {version}, at a tiny width (`python -m tests.architectures`): putting
+adapters on changes no logit, every trained tensor has a gradient, a merge after five updates changes no logit, the loss
+is the architecture's own, and the exported folder loads with the same logits. `tests/test_architectures.py` does it
+again in every test run. What a model needs beside `model.huggingface` is said by the refusal that a run without it ends
+in, before Ray starts.
+"""
+
+
+@dataclass
+class Found:
+    frozen: list[str] = field(default_factory=list)
+    """What `model.frozen` must have."""
+    leave_out: list[str] = field(default_factory=list)
+    """What `method.leave_out` must have."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    wrapping: float = 0.0
+    """Largest change of a logit, relative to the largest logit."""
+    merging: float = 0.0
+    exporting: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def names() -> list[str]:
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_TRIED.keys())
+
+
+def examine(model_type: str, folder: Path) -> Found:
+    """ConfigError where a run would be refused."""
+    given = INCOMPLETE.get(model_type, {}) | ({"is_decoder": True} if model_type in ENCODERS else {})
+    config = small_config(CONFIG_MAPPING[model_type](**given))
+    config.save_pretrained(folder / "config")
+    cfg = tiny_config(
+        folder, folder, "method.lora_rank=2", "method.alpha=4", "optimizer.learning_rate=1e-3", "data.seq_len=32",
+        model={"huggingface": str(folder / "config")},
+    )  # fmt: skip
+    found = Found()
+    plain = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    check_causal(plain)
+    _check_loss(plain, cfg)
+    found.frozen = _asked_for(plain, "model.frozen")
+    model_cfg = cfg.model.model_copy(update={"frozen": tuple(found.frozen)})
+    while True:
+        model = _wrapped(cfg, model_cfg, found.leave_out)
+        _loss(model, cfg).backward()
+        if not (more := _asked_for(model, "method.leave_out")):
+            break
+        assert not set(more) & set(found.leave_out)
+        found.leave_out += more
+    before = _logits(build_model(model_cfg, seq_len=cfg.data.seq_len, seed=cfg.seed))
+    found.wrapping = _change(before, _logits(model))
+    _train(cfg, model, found)
+    before = _logits(model)
+    merge_all_(model)
+    redraw_all_(model, seed=0, boundary=1)
+    found.merging = _change(before, _logits(model))
+    save_hf_folder(
+        model_cfg, folded_state_dict(model), str(folder / "out"), seq_len=cfg.data.seq_len, end_token_id=1,
+    )  # fmt: skip
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    exported.config.get_text_config().use_cache = exported.config.use_cache = False
+    found.exporting = _change(before, _logits(exported))
+    found.kinds = Counter(type(layer).__name__ for layer in low_rank_layers(model).values())
+    return found
+
+
+def _wrapped(cfg: RunConfig, model_cfg: ModelConfig, leave_out: list[str]) -> torch.nn.Module:
+    assert isinstance(cfg.method, ReloraConfig)
+    model = build_model(model_cfg, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    wrap_(model, cfg.method.model_copy(update={"leave_out": tuple(leave_out)}))
+    redraw_all_(model, seed=0, boundary=0)
+    return model
+
+
+def _asked_for(model: torch.nn.Module, key: str) -> list[str]:
+    """What the refusal says that `key` must be set to; nothing if it is not refused."""
+    try:
+        check_gradients(model)
+    except ConfigError as error:
+        asked = re.search(rf"{re.escape(key)}=\[(.*?)\]", str(error))
+        if asked is None:
+            raise
+        return asked[1].split(",")
+    return []
+
+
+def _train(cfg: RunConfig, model: torch.nn.Module, found: Found) -> None:
+    model.train()
+    optimizer = build_adamw(model, cfg.optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = _loss(model, cfg)
+        loss.backward()
+        optimizer.step()
+        refresh_all_(model)
+        found.losses.append(float(loss.detach()))
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    model.eval()
+    logits: torch.Tensor = model(input_ids=_ids()[:, :-1]).logits.float()
+    return logits
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> float:
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def row(model_type: str, found: Found) -> str:
+    stacks = found.kinds[LowRankStack.__name__]
+    what = "linear layers" + (" and stacked experts" if stacks else "")
+    needs = [f"`model.frozen=[{','.join(found.frozen)}]`"] if found.frozen else []
+    needs += [f"`method.leave_out=[{','.join(found.leave_out)}]`"] if found.leave_out else []
+    needs += ["`is_decoder: true` in its config.json"] if model_type in ENCODERS else []
+    return f"| {model_type} | {what} | {', '.join(needs)} |"
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    rows = []
+    for model_type in names():
+        if model_type in NOT_TRAINED:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(model_type, examine(model_type, Path(folder))))
+        print(rows[-1], file=sys.stderr)
+    refused = "\n".join(f"| {name} | {why} |" for name, why in sorted((NOT_TRAINED | NOT_TRIED).items()))
+    print(HEAD.format(version=transformers.__version__))
+    print("| architecture | adapters are on | what it needs |\n|---|---|---|", *rows, sep="\n")
+    print("\nNot trained, or not tried:\n\n| architecture | why |\n|---|---|", refused, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

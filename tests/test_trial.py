@@ -1,0 +1,235 @@
+"""Models are tried out before anything is spent, and gradients looked at after the first backward pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from torch import nn
+
+from relora_ray.config import RunConfig, TrainConfig
+from relora_ray.conformance.processes import run_ranks
+from relora_ray.errors import CheckpointError, ConfigError
+from relora_ray.loop import run_attempt
+from relora_ray.model import build_model, check_causal
+from relora_ray.optim import build_adamw
+from relora_ray.parallel import World
+from relora_ray.runs import Setting, check_run
+from relora_ray.runtime.driver import preflight
+from relora_ray.token_loss import TokenLoss
+from relora_ray.trial import shortest_names, try_architecture
+from tests.tiny import run, tiny_config
+
+CASES: dict[str, dict[str, Any]] = {
+    "jamba": {
+        "num_experts": 2, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "intermediate_size": 48,
+    },
+    "bart": {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 48,
+    },
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "intermediate_size": 48},
+    "bert": {"intermediate_size": 48},
+    "llama": {"intermediate_size": 48},
+}  # fmt: skip
+WIDTHS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def config_of(kind: str, data: Path, folder: Path, *overrides: str, **more: Any) -> RunConfig:
+    """The tiny run with another architecture."""
+    (folder / "config").mkdir(exist_ok=True)
+    widths = {} if kind == "bart" else WIDTHS
+    config = {"model_type": kind, "vocab_size": 2048, "max_position_embeddings": 64, **widths, **CASES[kind], **more}
+    (folder / "config/config.json").write_text(json.dumps(config))
+    return tiny_config(data, folder, *overrides, model={"huggingface": str(folder / "config")})
+
+
+def test_layer_whose_weight_is_only_read_is_named_before_ray_and_trains_when_left_out(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"mamba.dt_proj of Jamba.* Set method.leave_out=\[dt_proj\]"):
+        preflight(config_of("jamba", data, tmp_path))
+    cfg = config_of("jamba", data, tmp_path, "method.leave_out=[dt_proj]")
+    preflight(cfg)
+    _, records = run(cfg)
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_never_used_is_named_before_ray_and_at_the_first_update(data: Path, tmp_path: Path) -> None:
+    refusal = r"encoder_attn.* would never be trained.* Set model.frozen=\[encoder_attn,encoder_attn_layer_norm\]"
+    with pytest.raises(ConfigError, match=refusal):
+        preflight(config_of("bart", data, tmp_path))
+    with pytest.raises(ConfigError, match=refusal):
+        run(config_of("bart", data, tmp_path))
+    cfg = config_of("bart", data, tmp_path, "model.frozen=[encoder_attn,encoder_attn_layer_norm]", "name=other")
+    preflight(cfg)
+    run(cfg)
+
+
+def two_ranks(cfg: RunConfig) -> str:
+    try:
+        run_attempt(cfg, World.current())
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+def test_two_ranks_are_told_too(data: Path, tmp_path: Path) -> None:
+    """And not by DDP, which would fail one pass later without a name."""
+    said = run_ranks(2, two_ranks, check_run(config_of("bart", data, tmp_path)))
+    assert all("Set model.frozen=[encoder_attn,encoder_attn_layer_norm]" in text for text in said), said
+
+
+def test_run_of_a_version_without_these_settings_may_be_given_them(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experts were trained in full: it is refused by default, and goes on with them left out."""
+    in_full = "method.leave_out=[gate_up_proj,down_proj]"
+    run(config_of("mixtral", data, tmp_path, in_full, "steps=6"))
+    own = Setting.get
+
+    def get(self: Setting, name: str) -> bytes:
+        """As the version before wrote it."""
+        if name != "config.yaml":
+            return own(self, name)
+        old = yaml.safe_load(own(self, name))
+        del old["method"]["leave_out"], old["model"]["frozen"]
+        return yaml.safe_dump(old).encode()
+
+    with pytest.raises(ConfigError, match=r"method.leave_out: \['gate_up_proj', 'down_proj'\] there, \[\] here"):
+        run(config_of("mixtral", data, tmp_path, "steps=6"))
+    monkeypatch.setattr(Setting, "get", get)
+    with pytest.raises(CheckpointError, match=r"name in method.leave_out the stacks of experts"):
+        run(config_of("mixtral", data, tmp_path, "steps=6"))
+    again, _ = run(config_of("mixtral", data, tmp_path, in_full, "steps=6"))
+    assert again.position.step == 6
+
+
+def test_segments_of_model_frozen_that_are_in_no_name_are_refused(data: Path, tmp_path: Path) -> None:
+    cfg = config_of("llama", data, tmp_path, "model.frozen=[encoder_attn]")
+    with pytest.raises(ConfigError, match=r"model.frozen has 'encoder_attn', which is in the name of no parameter"):
+        preflight(cfg)
+
+
+def test_what_the_architecture_freezes_stays_as_it_is(data: Path, tmp_path: Path) -> None:
+    cfg = config_of("llama", data, tmp_path, "model.frozen=[layers.0.mlp]")
+    before = {n: p.clone() for n, p in build_model(cfg.model, seq_len=24, seed=cfg.seed).named_parameters()}
+    state, _ = run(cfg)
+    after = dict(state.model.named_parameters())
+    for name in [name for name in before if ".layers.0.mlp." in name]:
+        assert torch.equal(before[name], after[name])
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_are_causal_whatever_the_seed(seed: int, data: Path, tmp_path: Path) -> None:
+    cfg = config_of("mixtral", data, tmp_path)
+    check_causal(build_model(cfg.model, seq_len=24, seed=seed))
+
+
+@pytest.mark.parametrize("hidden_size", [32, 256])
+def test_model_that_looks_ahead_is_refused_before_ray(hidden_size: int, data: Path, tmp_path: Path) -> None:
+    cfg = config_of("bert", data, tmp_path, hidden_size=hidden_size)
+    with pytest.raises(ConfigError, match="is not causal"):
+        preflight(cfg)
+    for seed in range(3):
+        with pytest.raises(ConfigError, match="is not causal"):
+            check_causal(build_model(cfg.model, seq_len=24, seed=seed))
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, 2000, (2, 25), generator=torch.Generator().manual_seed(0))
+
+
+def mean_loss(model: nn.Module) -> torch.Tensor:
+    total = TokenLoss(model, TrainConfig(micro_batch_rows=2))(ids()[:, :-1], ids()[:, 1:], torch.ones(2))
+    return total / ids()[:, 1:].numel()
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.02, 1000.0])
+def test_loss_of_the_router_counts_as_the_architecture_has_it(coefficient: float, data: Path, tmp_path: Path) -> None:
+    cfg = config_of("mixtral", data, tmp_path, output_router_logits=True, router_aux_loss_coef=coefficient)
+    try_architecture(cfg)
+    model = build_model(cfg.model, seq_len=24, seed=0)
+    inputs = ids()[:, :-1]
+    aux = model(input_ids=inputs).aux_loss
+    plain = nn.functional.cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), ids()[:, 1:].flatten())
+    loss = mean_loss(model)
+    assert loss.item() == pytest.approx(float(plain + coefficient * aux), rel=1e-5)
+    loss.backward()
+    router = model.get_parameter("model.layers.0.mlp.gate.weight").grad
+    assert router is not None
+    assert router.norm() > coefficient / 1e4
+    model.eval()
+    assert float(mean_loss(model)) == pytest.approx(float(plain), rel=1e-5), "evaluation is of the text"
+
+
+def test_loss_that_adds_something_unknown_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = transformers.LlamaForCausalLM.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()  # a z-loss
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ConfigError, match="adds something to the cross-entropy of the next token"):
+        try_architecture(config_of("llama", data, tmp_path))
+
+
+def test_capped_logits_are_no_plain_head_though_the_head_is_zero(data: Path, tmp_path: Path) -> None:
+    """Its loss is transformers' own, in chunks or not."""
+    cfg = config_of("gemma2", data, tmp_path, tie_word_embeddings=False)
+    model = build_model(cfg.model, seq_len=24, seed=0)
+    nn.init.zeros_(model.lm_head.weight)
+    loss = TokenLoss(model, TrainConfig(micro_batch_rows=2, loss_chunk_tokens=7))
+    loss(ids()[:, :-1], ids()[:, 1:], torch.ones(2))
+    nn.init.normal_(model.lm_head.weight, std=10.0)
+    total = loss(ids()[:, :-1], ids()[:, 1:], torch.ones(2))
+    theirs = model(input_ids=ids(), labels=ids()).loss
+    assert float(total) / 48 == pytest.approx(float(theirs), rel=1e-5)
+    run(config_of("gemma2", data, tmp_path))
+
+
+def test_dropout_of_the_architecture_is_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    try_architecture(config_of("mixtral", data, tmp_path, attention_dropout=0.1))
+    assert "the architecture has dropout (attention_dropout 0.1)" in caplog.text
+
+
+def test_what_is_no_matrix_of_a_product_does_not_decay(data: Path, tmp_path: Path) -> None:
+    cfg = config_of("jamba", data, tmp_path)
+    model = build_model(cfg.model, seq_len=24, seed=0)
+    decaying, spared = build_adamw(model, cfg.optimizer).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    assert spared["weight_decay"] == 0
+    kept = {names[p].split(".", 3)[-1] for p in spared["params"]}
+    assert {"mamba.A_log", "mamba.D", "input_layernorm.weight", "mamba.dt_proj.bias"} <= kept
+    decayed = {names[p].split(".", 3)[-1] for p in decaying["params"]}
+    assert {"mamba.in_proj.weight", "feed_forward.experts.down_proj", "embed_tokens.weight"} <= {
+        name.removeprefix("model.") for name in decayed | {names[p] for p in decaying["params"]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "expected"),
+    [
+        (["a.0.x.w", "a.1.x.w"], ["a.0.y.w"], ["x"]),
+        (["a.0.x.w"], ["a.1.x.w"], ["a.0"]),
+        (["a.0.x.w", "b.v"], ["a.0.y.w", "b.w"], ["x", "v"]),
+    ],
+)
+def test_shortest_names_are_in_all_and_in_no_other(names: list[str], others: list[str], expected: list[str]) -> None:
+    assert sorted(shortest_names(names, others)) == sorted(expected)
