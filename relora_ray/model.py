@@ -14,6 +14,7 @@ from torch import nn
 
 from relora_ray.config import ModelConfig
 from relora_ray.errors import ConfigError
+from relora_ray.hub import missing
 from relora_ray.keyed import key
 
 LEAK = 1e-5
@@ -36,6 +37,11 @@ def hf_config(model: ModelConfig, seq_len: int) -> transformers.PretrainedConfig
             initializer_range=0.02,
             tie_word_embeddings=model.tie_embeddings,
             use_cache=False,
+        )
+    if problem := missing(model.huggingface):
+        raise ConfigError(
+            f"model.huggingface={model.huggingface!r} {problem} Give a folder with config.json, the file itself, or a "
+            f"hub name."
         )
     try:
         config = transformers.AutoConfig.from_pretrained(model.huggingface)
@@ -112,6 +118,10 @@ def check_causal(model: nn.Module) -> None:
 
 def load_hf_weights(model: nn.Module, folder: str) -> None:
     """Copy the weights of a Hugging Face folder or hub name into `model`. ConfigError if they do not fit."""
+    if problem := missing(folder):
+        raise ConfigError(
+            f"model.init_from={folder!r} {problem} Give a run's folder or URL, a Hugging Face folder, or a hub name."
+        )
     try:
         source = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:

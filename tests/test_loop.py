@@ -281,7 +281,7 @@ def test_init_from_a_hugging_face_folder(cfg: RunConfig, data: Path, tmp_path: P
         ("", "model.num_layers=3", r"has no tensor 'model\.layers\.2\.\S+' \(9 missing\)"),
         ("", "model.intermediate_size=44", r"has shape \(48, 32\), the model \(44, 32\)|has shape"),
         ("@5", "seed=3", r"has no checkpoint at step 5. It has 0, 2"),
-        ("/nothing", "seed=3", r"model.init_from='.*/nothing' is not a readable Hugging Face model"),
+        ("/nothing", "seed=3", r"model.init_from='.*/nothing' does not exist: there is no such file or folder"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

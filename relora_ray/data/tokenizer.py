@@ -12,12 +12,17 @@ import os
 from typing import Any
 
 from relora_ray.errors import DataError, ReloraError
+from relora_ray.hub import missing
 
 END_TOKEN = "<|endoftext|>"
 
 
 def load_tokenizer(name: str) -> Any:
     """A fast Hugging Face tokenizer from a folder, a `tokenizer.json` file or a hub name. DataError if none."""
+    if problem := missing(name):
+        raise DataError(
+            f"tokenizer {name!r} {problem} Give a Hugging Face folder, a tokenizer.json, or a name of the hub."
+        )
     import transformers
 
     try:
