@@ -16,6 +16,7 @@ import argparse
 import builtins
 import contextlib
 import errno
+import io
 import logging
 import os
 import platform
@@ -390,6 +391,94 @@ class Storage:
                 attempt += 1
                 logger.warning("%s: %s; try %d in %.1f s", what, reason, attempt, pause_s)
                 clock.sleep(pause_s)
+
+
+class Remote:
+    """What somebody wrote at a URL: looked up, listed and read, and tried again as all else here.
+
+    The URL is taken letter by letter (`::`, `@` and `[` belong to the name), but for chains of fsspec's such as
+    simplecache::s3://bucket/key, which get no options.
+    """
+
+    def __init__(self, url: str, options: Options | None = None) -> None:
+        """ConfigError if the URL or an option cannot be used."""
+        scheme, _, rest = url.partition("://")
+        self.url, self._by_ranges = url, "::" not in scheme and scheme not in ("http", "https")
+        if "::" in scheme:
+            self._storage = Storage("memory://")
+            self._storage._fs, self._path = fsspec.core.url_to_fs(url)
+        else:
+            self._storage = Storage(f"{scheme}://{rest.partition('/')[0]}", options)
+            self._path = str(self._storage._fs._strip_protocol(url))
+        for secret in (rest.partition("?")[2], rest.partition("@")[0] if secret_in_url(url) else ""):
+            remember(secret)  # of a signed URL, or a password
+        self._storage.url, _, self._name = shown(url)[1:-1].rpartition("/")  # for messages
+
+    def kind(self) -> str:
+        """`file`, `directory` for what has objects below it, or empty: there is nothing of that name."""
+        try:
+            return str(self._guard("look up", lambda: self._storage._fs.info(self._path)["type"]))
+        except StorageError as error:
+            if error.missing:
+                return ""
+            raise
+
+    def below(self) -> list[str]:
+        """URLs of all objects below, or of those that match if the name is a pattern: *, ? and [a-z] stand for parts of
+        a name, ** for any number of folders."""
+        fs, is_pattern = self._storage._fs, re.search(r"[*?\[]", self._path) is not None
+        find = fs.glob if is_pattern and not self.kind() else fs.find
+        found = self._guard("list", lambda: find(self._path, detail=True))
+        scheme = self.url.partition("://")[0]
+        # Consoles and mounts put empty objects where they show folders.
+        names = [name for name, info in found.items() if info["type"] == "file" and not name.endswith("/")]
+        return sorted(name if "://" in name else f"{scheme}://{name}" for name in names)
+
+    def open(self) -> io.BufferedReader:
+        """A stream of one object, which can seek."""
+        if not self._by_ranges:
+            stream: io.BufferedReader = self._guard("read", lambda: self._storage._fs.open(self._path, "rb"))
+            return stream
+        size = self._guard("look up", lambda: int(self._storage._fs.info(self._path)["size"]))
+        return io.BufferedReader(_Ranges(self._read, size), 2**23)
+
+    def _read(self, start: int, end: int) -> bytes:
+        data = bytes(
+            self._guard("read", lambda: self._storage._call("cat_file", self._path, start=start, end=end)),
+        )
+        if len(data) != end - start:
+            raise StorageError(f"{self.url} changed while it was read: bytes {start:,} to {end:,} are {len(data):,}.")
+        return data
+
+    def _guard(self, action: str, operation: Callable[[], T]) -> T:
+        return self._storage._guard(action, self._name, operation)
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read_range, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        data = self._read_range(self._at, end)
+        buffer[: len(data)] = data
+        self._at = end
+        return len(data)
 
 
 def in_parallel(action: Callable[[str], object], paths: Iterable[str]) -> None:
