@@ -82,16 +82,22 @@ def new_driver() -> str:
 
 
 def claim(
-    storage: Storage, driver: str = "", *, wait: bool = False, check: Callable[[], object] = lambda: None
+    storage: Storage,
+    driver: str = "",
+    *,
+    wait: bool = False,
+    check: Callable[[], object] = lambda: None,
+    waiting: Callable[[dict[str, Any]], object] = lambda owner: None,
 ) -> Term:
     """Own the run from now on.
 
     RunBusyError if another driver shows that it lives; takes up to `PATIENCE_S` seconds if there was one. `wait`: wait
-    for its end instead. `check`: called right before; whoever has no business here must not take over.
+    for its end instead. `check`: called right before; whoever has no business here must not take over. `waiting`: told
+    the sign of life of one that may live, when it is waited for.
     """
     mine, found = driver or new_driver(), _newest(storage)
     while True:
-        _wait_until_free(storage, found, wait)
+        _wait_until_free(storage, found, wait, waiting)
         check()
         term = Term(found.number + 1 if found else 1, mine)
         record = {"driver": mine, "host": platform.node(), "unix_time": clock.now()}
@@ -194,10 +200,14 @@ def sign_of_life(storage: Storage) -> dict[str, Any] | None:
     return _read_life(storage, f"{DRIVERS}/{newest.driver}.json" if newest else BEFORE_TERMS)
 
 
-def _wait_until_free(storage: Storage, owner: Term | None, wait: bool) -> None:
+def _wait_until_free(
+    storage: Storage, owner: Term | None, wait: bool, waiting: Callable[[dict[str, Any]], object]
+) -> None:
     path = f"{DRIVERS}/{owner.driver}.json" if owner else BEFORE_TERMS
     seen, until, said = _read_life(storage, path), clock.monotonic() + PATIENCE_S, False
     over = False
+    if seen is not None and not _is_dead(seen):
+        waiting(seen)
     while seen is not None and not _is_dead(seen) and not over:
         clock.sleep(min(LOOK_S, PATIENCE_S / 10))
         over = clock.monotonic() >= until  # and one look after that: this process may have been stopped for long

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from relora_ray.checkpoint.ownership import (
     BEAT_S,
@@ -45,14 +46,20 @@ class Hold:
 
 
 @contextmanager
-def owning(storage: Storage, *, wait: bool = False, check: Callable[[], object] = lambda: None) -> Iterator[Hold]:
+def owning(
+    storage: Storage,
+    *,
+    wait: bool = False,
+    check: Callable[[], object] = lambda: None,
+    waiting: Callable[[dict[str, Any]], object] = lambda owner: None,
+) -> Iterator[Hold]:
     """Own the run for a block. RunBusyError if another driver lives; `wait`: wait for its end instead.
-    `check`: called right before the claim."""
+    `check`: called right before the claim; `waiting`: see `claim`."""
     driver = new_driver()
     life, ended, thread = Life(storage, driver), threading.Event(), None
     try:
         life.begin()  # before the claim, or it would look like that of a dead one for a moment
-        hold = Hold(claim(storage, driver, wait=wait, check=check))
+        hold = Hold(claim(storage, driver, wait=wait, check=check, waiting=waiting))
         storage.delete(BEFORE_TERMS)  # nobody's any more
         thread = threading.Thread(
             target=_watch, args=(storage, life, hold, ended), name="relora-ray-owner", daemon=True
