@@ -2,47 +2,68 @@
 
     python -m relora_ray.data.prepare TEXT... --out FOLDER_OR_URL --tokenizer TOKENIZER
 
-Documents are read in order and cut into batches of about `--batch-mb`; worker processes tokenize the batches
-and store each result under .prepare/, which makes a killed run resumable: a finished batch of the same text,
-tokenizer and split is not tokenized again. The parts are then packed into shards of exactly `--shard-tokens`
-tokens (the last of a split is shorter), the index is written last, and the parts are removed.
+Documents are read in order (documents.py) and cut into batches of about `--batch-mb`; worker processes tokenize the
+batches and store each result under .prepare/ (encode.py), which makes a killed run resumable: a finished batch of the
+same text, tokenizer and split is not tokenized again. The parts are then packed into shards of exactly
+`--shard-tokens` tokens (pack.py; the last of a split is shorter), the index is written last, and the parts are removed.
 
 A document goes to validation by a hash of its text, so equal documents never fall on both sides (documents of
---validation sources are held out as they are).
+--validation sources are held out as they are, and those that are in the training text, too, are counted).
+
+One process owns --out, as a driver owns a run (checkpoint/ownership.py): another is refused while it lives.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
-import logging
-import multiprocessing
 import os
 import re
 import sys
-import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from relora_ray.data.documents import FORMATS, read_documents
-from relora_ray.data.tokenizer import end_token_id, load_tokenizer, num_token_ids, tokenizer_sha256
-from relora_ray.data.tokens import DataIndex, Shard, Split, SplitIndex, shard_bytes, write_index
-from relora_ray.errors import ConfigError, DataError, ReloraError, StorageError
+from relora_ray.data.claim import Claim, claiming, refuse_if_used
+from relora_ray.data.documents import FORMATS, Reading, read_documents
+from relora_ray.data.encode import (
+    SPLITS,
+    WORK,
+    Batch,
+    ControlTokens,
+    Encoding,
+    Part,
+    Workers,
+    encode_batch,
+    stored_part,
+    total,
+)
+from relora_ray.data.formats import Rules, check_file
+from relora_ray.data.notes import overlap_notes, reading_notes, token_notes
+from relora_ray.data.pack import num_in_both, pack, remove_leftovers, store_tokenizer
+from relora_ray.data.sources import Source, find_sources, refuse_out_within
+from relora_ray.data.tokenizer import (
+    TEMPLATE,
+    begin_token_ids,
+    control_tokens,
+    end_token_id,
+    load_tokenizer,
+    num_token_ids,
+    plain_backend,
+    tokenizer_sha256,
+    unknown_id,
+)
+from relora_ray.data.tokens import DataIndex, Split, write_index
+from relora_ray.errors import ConfigError, DataError, ReloraError
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
-WORK = ".prepare"
-"""Folder of unfinished work below --out."""
 DEFAULT_FRACTION = 0.005
+_ENOUGH_CHARACTERS = 1_000_000
+"""From so many on, the share of lost ones says something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +74,9 @@ class Request:
     out: str
     tokenizer: str
     storage_option: tuple[str, ...] = ()
-    """key=value, for `out`."""
+    """key=value, for `out` and for sources of its kind; where `out` is a folder, for all URLs."""
+    source_option: tuple[str, ...] = ()
+    """key=value, for sources that need others."""
     validation_sources: tuple[str, ...] = ()
     validation_fraction: float | None = None
     """Share of documents held out by their hash; default 0.005, and none with validation_sources."""
@@ -61,91 +84,72 @@ class Request:
     form: str = ""
     text_field: str = "text"
     split: str = "train"
+    skip_bad: int = 0
+    """Records that may be passed over because they are no documents."""
+    begin_token: str = TEMPLATE
+    """In front of each document; default: what the tokenizer itself puts there. `none`: nothing."""
     end_token: str = ""
+    control_tokens: ControlTokens = "text"
+    """What a control token that is written out in a text becomes: text, as it stands there, or the token."""
+    max_lost: float = 0.01
+    """Share of characters, without spaces, that may be unknown to the tokenizer or dropped by it."""
     shard_tokens: int = 2**24
     batch_mb: float = 4.0
     num_workers: int = os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class _Batch:
-    number: int
-    split: Split | None
-    """None: each document by its hash."""
-    documents: list[str]
+@dataclass
+class Prepared:
+    """What came of it: the index, and what a reader of it should know."""
 
-    @property
-    def num_characters(self) -> int:
-        return sum(len(d) for d in self.documents)
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """What a worker process needs; equal settings give equal parts."""
-
-    tokenizer: str
-    tokenizer_sha256: str
-    end_token_id: int
-    dtype: str
-    validation_fraction: float
-
-    def part_key(self, batch: _Batch) -> str:
-        settings = [
-            self.tokenizer_sha256,
-            self.end_token_id,
-            self.dtype,
-            self.validation_fraction,
-            batch.split,
-        ]
-        return hashlib.sha256(json.dumps([settings, batch.documents]).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Result of one batch: documents and tokens per split."""
-
-    key: str
-    num_documents: dict[str, int]
-    num_tokens: dict[str, int]
+    index: DataIndex
+    notes: list[str] = field(default_factory=list)
+    """Sentences, the more important first."""
 
 
 def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
-    """Write the dataset and return its index. DataError or StorageError; nothing existing is overwritten."""
+    """Write the dataset and return its index; nothing existing is overwritten. ConfigError, DataError, StorageError."""
+    return prepare_with_notes(request, quiet=quiet).index
+
+
+def prepare_with_notes(request: Request, *, quiet: bool = False) -> Prepared:
+    """As `prepare`, with what the command prints."""
     _check(request)
     storage = Storage(request.out, parse_options(request.storage_option))
-    _claim(storage)
+    refuse_if_used(storage)
+    sources = _sources(request)
     tokenizer = load_tokenizer(request.tokenizer)
-    vocab_size = num_token_ids(tokenizer)
-    encoding = _Encoding(
-        tokenizer=request.tokenizer,
-        tokenizer_sha256=tokenizer_sha256(tokenizer),
-        end_token_id=end_token_id(tokenizer, request.end_token),
-        dtype="uint16" if vocab_size <= 2**16 else "uint32",
-        validation_fraction=0.0 if request.validation_sources else request.validation_fraction or DEFAULT_FRACTION,
-    )
-    parts = _tokenize_all(request, storage, encoding, quiet)
-    _check_splits(request, parts)
-    index = DataIndex(
-        vocab_size=vocab_size,
-        end_token_id=encoding.end_token_id,
-        tokenizer_sha256=encoding.tokenizer_sha256,
-        dtype="uint16" if encoding.dtype == "uint16" else "uint32",
-        splits={split: _pack(storage, split, parts, request.shard_tokens) for split in SPLITS},
-    )
-    _store_tokenizer(storage, tokenizer)
-    write_index(storage, index)
+    encoding = _encoding(request, tokenizer)
+    reading = Reading(request.skip_bad)
+    with claiming(storage) as claim:
+        parts = _tokenize_all(request, _batches(request, sources, reading), storage, encoding, claim, quiet)
+        _check_lost(request, parts)
+        _check_splits(request, parts)
+        index = DataIndex(
+            vocab_size=num_token_ids(tokenizer),
+            end_token_id=encoding.end_token_id,
+            tokenizer_sha256=encoding.tokenizer_sha256,
+            dtype="uint16" if encoding.dtype == "uint16" else "uint32",
+            splits={split: pack(storage, split, parts, request.shard_tokens, claim.check) for split in SPLITS},
+            begin_token_ids=encoding.begin_token_ids or None,
+            control_tokens="text" if encoding.control_tokens == "text" and total(parts, "with_control") else None,
+        )
+        remove_leftovers(storage, index.splits, store_tokenizer(storage, tokenizer, claim.check))
+        in_both = num_in_both(storage, parts) if encoding.with_hashes else 0
+        claim.check()
+        try:
+            write_index(storage, index, new=True)
+        except FileExistsError:
+            raise DataError(f"{storage.url} holds a dataset by now, which another process wrote.") from None
     storage.delete_below(WORK)
-    return index
-
-
-def _claim(storage: Storage) -> None:
-    """See that the folder is empty or holds our own unfinished work: nothing of anybody else's is overwritten."""
-    there = storage.list()
-    if "index.json" in there:
-        raise DataError(f"{storage.url} already holds a dataset. Choose another --out, or delete it first.")
-    if there and not any(path.startswith(f"{WORK}/") for path in there):
-        raise DataError(f"{storage.url} is not empty: it holds {there[0]}. Choose an --out of its own.")
-    storage.put(f"{WORK}/started", b"")
+    return Prepared(
+        index,
+        [
+            *reading_notes(reading, sources.left_out),
+            *overlap_notes(in_both, index),
+            *token_notes(tokenizer, encoding, parts, follows_template=request.begin_token == TEMPLATE),
+        ],
+    )
 
 
 def _check(request: Request) -> None:
@@ -155,10 +159,12 @@ def _check(request: Request) -> None:
         raise ConfigError(
             f"--validation-fraction={request.validation_fraction} has no effect with --validation. Give one of them."
         )
-    if both := sorted(set(request.sources) & set(request.validation_sources)):
-        raise ConfigError(f"--validation {both[0]} is a training source, too: held-out text must not be trained on.")
     if request.validation_fraction is not None and not 0 < request.validation_fraction < 1:
         raise ConfigError(f"--validation-fraction={request.validation_fraction} is not between 0 and 1.")
+    if not 0 <= request.max_lost <= 1:
+        raise ConfigError(f"--max-lost={request.max_lost} is not a share, from 0 to 1.")
+    if request.skip_bad < 0:
+        raise ConfigError(f"--skip-bad={request.skip_bad} is negative. Give how many records may be passed over.")
     for name in ("shard_tokens", "batch_mb", "num_workers"):
         if getattr(request, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(request, name)} is not positive.")
@@ -170,56 +176,89 @@ def _check(request: Request) -> None:
         ) from error
 
 
-def _check_splits(request: Request, parts: list[_Part]) -> None:
-    documents = {split: sum(p.num_documents[split] for p in parts) for split in SPLITS}
-    if not documents["train"]:
-        raise DataError(f"{', '.join(request.sources)}: no training documents. Check the sources and the text field.")
-    if not documents["validation"]:
-        raise DataError(
-            f"none of {documents['train']:,} documents fell to validation at --validation-fraction="
-            f"{request.validation_fraction or DEFAULT_FRACTION}. Raise it, name --validation files, or split the text "
-            f"into more documents with --document-separator."
-        )
+@dataclass(frozen=True)
+class _Sources:
+    train: Sequence[Source]
+    validation: Sequence[Source]
+    left_out: Sequence[str]
 
 
-def _batches(request: Request) -> Iterator[_Batch]:
-    def read(sources: Iterable[str]) -> Iterator[str]:
-        return chain.from_iterable(
-            read_documents(
-                source,
-                form=request.form,
-                text_field=request.text_field,
-                separator=request.document_separator,
-                split=request.split,
-            )
-            for source in sources
-        )
+def _sources(request: Request) -> _Sources:
+    """What is read, all of it found and looked into as far as that costs little."""
+    given, others = parse_options(request.storage_option), parse_options(request.source_option)
+    out = _scheme(request.out)
 
-    number = 0
-    groups: tuple[tuple[Split | None, tuple[str, ...]], ...] = (
-        (None, request.sources),
-        ("validation", request.validation_sources),
+    def options(name: str) -> dict[str, Any]:
+        return others or (given if out in ("", _scheme(name)) else {})
+
+    train, validation = (
+        find_sources(names, form=request.form, options=options)
+        for names in (request.sources, request.validation_sources)
     )
-    for split, sources in groups:
+    if both := {source.key for source in train.sources} & {source.key for source in validation.sources}:
+        raise ConfigError(f"--validation {min(both)} is a training source, too: held-out text must not be trained on.")
+    every = (*train.sources, *validation.sources)
+    refuse_out_within(request.out, (*request.sources, *request.validation_sources), every)
+    for source in every:
+        if source.is_plain_file:
+            with source.open() as stream:
+                check_file(stream, source.label, _rules(request))
+    return _Sources(train.sources, validation.sources, (*train.left_out, *validation.left_out))
+
+
+def _scheme(url: str) -> str:
+    scheme = url.partition("://")[0] if "://" in url else ""
+    return {"file": "", "s3a": "s3"}.get(scheme, scheme)
+
+
+def _rules(request: Request) -> Rules:
+    return Rules(form=request.form, text_field=request.text_field, separator=request.document_separator)
+
+
+def _encoding(request: Request, tokenizer: Any) -> Encoding:
+    backend = tokenizer.backend_tokenizer.to_str()
+    end_id = end_token_id(tokenizer, request.end_token)
+    begin_ids = begin_token_ids(tokenizer, request.begin_token, end_id)
+    control = control_tokens(tokenizer, end_id, *begin_ids)
+    return Encoding(
+        backend=plain_backend(backend, control) if request.control_tokens == "text" else backend,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        begin_token_ids=begin_ids,
+        end_token_id=end_id,
+        unknown_id=unknown_id(backend),
+        control_tokens=request.control_tokens,
+        control=control,
+        dtype="uint16" if num_token_ids(tokenizer) <= 2**16 else "uint32",
+        validation_fraction=0.0 if request.validation_sources else request.validation_fraction or DEFAULT_FRACTION,
+        with_hashes=bool(request.validation_sources),
+    )
+
+
+def _batches(request: Request, sources: _Sources, reading: Reading) -> Iterator[Batch]:
+    groups: tuple[tuple[Split | None, Sequence[Source]], ...] = (
+        (None, sources.train),
+        ("validation", sources.validation),
+    )
+    for split, named in groups:
         documents: list[str] = []
         size = 0
-        for document in read(sources):
+        for document in read_documents(named, _rules(request), reading, split=request.split):
             documents.append(document)
             size += len(document)
             if size >= request.batch_mb * 1e6:
-                yield _Batch(number, split, documents)
-                number, documents, size = number + 1, [], 0
+                yield Batch(split, documents)
+                documents, size = [], 0
         if documents:
-            yield _Batch(number, split, documents)
-            number += 1
+            yield Batch(split, documents)
 
 
-def _tokenize_all(request: Request, storage: Storage, encoding: _Encoding, quiet: bool) -> list[_Part]:
+def _tokenize_all(
+    request: Request, batches: Iterator[Batch], storage: Storage, encoding: Encoding, claim: Claim, quiet: bool
+) -> list[Part]:
     """Tokenize every batch that is not stored yet, at most two per worker in flight; parts in batch order."""
-    parts: list[_Part] = []
+    parts: list[Part] = []
     num_tokens = 0
-    in_flight: deque[tuple[Future[_Part] | _Part, int]] = deque()
-    spawn = multiprocessing.get_context("spawn")  # s3fs does not survive a fork
+    in_flight: deque[tuple[Future[Part] | Part, int]] = deque()
     bar = tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=quiet, file=sys.stderr)
 
     def finish_one() -> None:
@@ -229,103 +268,55 @@ def _tokenize_all(request: Request, storage: Storage, encoding: _Encoding, quiet
         num_tokens += sum(parts[-1].num_tokens.values())
         bar.update(size)
         bar.set_postfix(tokens=f"{num_tokens:,}", refresh=False)
+        if total(parts, "characters") >= _ENOUGH_CHARACTERS:
+            _check_lost(request, parts)
 
-    with bar, ProcessPoolExecutor(request.num_workers, spawn, _start_worker, (encoding,)) as pool:
-        for batch in _batches(request):
-            done = _stored_part(storage, batch.number, encoding.part_key(batch))
-            in_flight.append((done or pool.submit(_encode_batch, storage, batch), batch.num_characters))
-            if len(in_flight) > 2 * request.num_workers:
+    try:
+        with bar, Workers(request.num_workers, encoding) as pool:
+            for batch in batches:
+                claim.heard()
+                done = stored_part(storage, encoding.part_key(batch))
+                in_flight.append((done or pool.submit(encode_batch, storage, batch), batch.num_characters))
+                if len(in_flight) > 2 * request.num_workers:
+                    finish_one()
+            while in_flight:
                 finish_one()
-        while in_flight:
-            finish_one()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process that tokenizes was killed, most likely because memory ran out. Use fewer than --num-workers="
+            f"{request.num_workers}, or less than --batch-mb={request.batch_mb}; what is done is kept."
+        ) from error
     return parts
 
 
-def _part_path(number: int, ending: str) -> str:
-    return f"{WORK}/{number:07d}{ending}"
+def _check_splits(request: Request, parts: Sequence[Part]) -> None:
+    documents = {split: sum(p.num_documents[split] for p in parts) for split in SPLITS}
+    if not documents["train"] and documents["validation"] and not request.validation_sources:
+        raise DataError(
+            f"all of {documents['validation']:,} documents fell to validation. Give more text, or split it into more "
+            f"documents with --document-separator."
+        )
+    if not documents["train"]:
+        raise DataError(f"{', '.join(request.sources)}: no training documents. Check the sources and the text field.")
+    if not documents["validation"] and request.validation_sources:
+        raise DataError(f"--validation {' '.join(request.validation_sources)}: no documents. Check what is in there.")
+    if not documents["validation"]:
+        raise DataError(
+            f"none of {documents['train']:,} documents fell to validation at --validation-fraction="
+            f"{request.validation_fraction or DEFAULT_FRACTION}. Raise it, name --validation files, or split the text "
+            f"into more documents with --document-separator."
+        )
 
 
-def _stored_part(storage: Storage, number: int, key: str) -> _Part | None:
-    try:
-        part = _Part(**json.loads(storage.get(_part_path(number, ".json"))))
-    except (StorageError, json.JSONDecodeError, TypeError):
-        return None
-    return part if part.key == key else None
-
-
-_worker: tuple[Any, _Encoding] | None = None
-
-
-def _start_worker(encoding: _Encoding) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one batch per process already fills the cores
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    _worker = (load_tokenizer(encoding.tokenizer).backend_tokenizer, encoding)
-
-
-def _encode_batch(storage: Storage, batch: _Batch) -> _Part:
-    """In a worker process: tokenize, store the tokens, then the record that commits them."""
-    assert _worker is not None
-    backend, encoding = _worker
-    streams: dict[str, list[int]] = {split: [] for split in SPLITS}
-    num_documents = dict.fromkeys(SPLITS, 0)
-    for document, encoded in zip(
-        batch.documents, backend.encode_batch(batch.documents, add_special_tokens=False), strict=True
-    ):
-        split = batch.split or ("validation" if _hash_share(document) < encoding.validation_fraction else "train")
-        streams[split] += [*encoded.ids, encoding.end_token_id]
-        num_documents[split] += 1
-    for split in SPLITS:
-        storage.put(_part_path(batch.number, f"-{split}.npy"), shard_bytes(np.array(streams[split], encoding.dtype)))
-    part = _Part(
-        encoding.part_key(batch),
-        {str(split): count for split, count in num_documents.items()},
-        {split: len(stream) for split, stream in streams.items()},
-    )
-    storage.put(_part_path(batch.number, ".json"), json.dumps(part.__dict__).encode())
-    return part
-
-
-def _hash_share(document: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(document.strip().encode(), digest_size=8).digest(), "little") / 2**64
-
-
-def _pack(storage: Storage, split: Split, parts: list[_Part], shard_tokens: int) -> SplitIndex:
-    """Concatenate the parts of one split and write shards of exactly `shard_tokens`, the last one shorter."""
-    shards: list[Shard] = []
-    waiting: list[Any] = []
-
-    def write(tokens: Any) -> None:
-        data = shard_bytes(tokens)
-        file = f"{split}-{len(shards):05d}.npy"
-        storage.put(file, data)
-        shards.append(Shard(file=file, num_tokens=len(tokens), sha256=hashlib.sha256(data).hexdigest()))
-
-    for number in range(len(parts)):
-        waiting.append(np.load(io.BytesIO(storage.get(_part_path(number, f"-{split}.npy"))), allow_pickle=False))
-        if sum(map(len, waiting)) >= shard_tokens:
-            tokens = np.concatenate(waiting)
-            whole = len(tokens) // shard_tokens * shard_tokens
-            for start in range(0, whole, shard_tokens):
-                write(tokens[start : start + shard_tokens])
-            waiting = [tokens[whole:]]
-    if (tokens := np.concatenate(waiting)).size:
-        write(tokens)
-    return SplitIndex(
-        num_documents=sum(p.num_documents[split] for p in parts),
-        num_tokens=sum(s.num_tokens for s in shards),
-        shard_tokens=shard_tokens,
-        shards=tuple(shards),
-    )
-
-
-def _store_tokenizer(storage: Storage, tokenizer: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        local = Storage(folder)
-        for path in local.list():
-            storage.put(f"tokenizer/{path}", local.get(path))
+def _check_lost(request: Request, parts: Sequence[Part]) -> None:
+    lost, characters = total(parts, "lost"), total(parts, "characters")
+    if lost > request.max_lost * characters:
+        raise DataError(
+            f"the tokenizer loses {lost / characters:.1%} of the text: {lost:,} of {characters:,} characters are "
+            f"unknown to it or dropped, and --max-lost={request.max_lost} allows less. Take a tokenizer that was made "
+            f"for such text or falls back to bytes, or allow it, such as by --max-lost "
+            f"{min(1.0, 1.5 * lost / characters):.2g}."
+        )
 
 
 def main() -> None:
@@ -337,7 +328,9 @@ def main() -> None:
     add(
         "sources",
         nargs="+",
-        help="plain text, JSON lines, Parquet, a saved dataset's folder, or a hub name[:config]",
+        help="files or URLs of plain text, JSON lines, CSV, TSV or Parquet, also compressed; folders of them; patterns "
+        "such as 's3://b/c4/*.json.gz' or 'dir/**/*.parquet'; - for standard input; a saved dataset's folder; a hub "
+        "name:config",
     )
     add("--out", required=True, help="folder or URL to write")
     add("--tokenizer", required=True, help="Hugging Face folder, tokenizer.json or hub name")
@@ -359,24 +352,53 @@ def main() -> None:
         default=default.document_separator,
         help="regular expression for a line of plain text",
     )
-    add("--format", dest="form", choices=FORMATS, default="", help="instead of guessing from the name")
-    add("--text-field", default=default.text_field)
+    add("--format", dest="form", choices=FORMATS, default="", help="instead of looking at the content")
+    add("--text-field", default=default.text_field, help="field or column of the text; data.text: within another")
     add("--split", default=default.split, help="split of a saved or hub dataset to read")
+    add("--skip-bad", type=int, default=0, metavar="N", help="pass over up to N records that are no documents")
+    add(
+        "--begin-token",
+        default=default.begin_token,
+        help="token in front of each document, or none; default: what the tokenizer itself puts there",
+    )
     add("--end-token", default="", help="token after each document; default: the tokenizer's own")
+    add(
+        "--control-tokens",
+        choices=("text", "tokens"),
+        default=default.control_tokens,
+        help="what </s> and the like become where a text has them written out; default: text",
+    )
+    add(
+        "--max-lost",
+        type=float,
+        default=default.max_lost,
+        metavar="SHARE",
+        help="of characters that may be unknown to the tokenizer or dropped by it; default: 0.01",
+    )
     add("--shard-tokens", type=int, default=default.shard_tokens)
     add("--batch-mb", type=float, default=default.batch_mb, help="millions of characters per unit of work")
     add("--num-workers", type=int, default=default.num_workers)
     add_options_argument(parser)
+    add(
+        "--source-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as --storage-option, for sources where they need others than --out",
+    )
     args = vars(parser.parse_args())
     args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     try:
-        index = prepare(Request(**args))
+        prepared = prepare_with_notes(Request(**args))
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    index = prepared.index
     for split, held in index.splits.items():
         print(
             f"{split:11s}{held.num_documents:>12,} documents {held.num_tokens:>15,} tokens {len(held.shards):>5} shards"
         )
+    for note in prepared.notes:
+        print(note)
     print(f"vocabulary {index.vocab_size:,}, fingerprint {index.fingerprint}, in {args['out']}")
 
 

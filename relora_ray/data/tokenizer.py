@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 from relora_ray.errors import DataError, ReloraError
@@ -59,6 +60,82 @@ def end_token_id(tokenizer: Any, token: str = "") -> int:
     return int(found)
 
 
+TEMPLATE, NO_TOKEN = "", "none"
+
+
+def template_begin_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer itself puts in front of a text, at inference: often nothing, or one token."""
+    encoded = tokenizer.backend_tokenizer.encode("It was a truth.", add_special_tokens=True)
+    mask = encoded.special_tokens_mask
+    length = mask.index(0) if 0 in mask else 0
+    return tuple(encoded.ids[:length])
+
+
+def begin_token_ids(tokenizer: Any, token: str, end_id: int) -> tuple[int, ...]:
+    """What to put in front of every document: `token`, nothing for `none`, by default what the tokenizer itself does.
+
+    Not so if that is the end token, as OPT's: that of the document before stands in front already. DataError if there
+    is no such token."""
+    if token == NO_TOKEN:
+        return ()
+    if token == TEMPLATE:
+        own = template_begin_ids(tokenizer)
+        return () if own == (end_id,) else own
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise DataError(f"the tokenizer has no token {token!r}. Give --begin-token one of its tokens, or none.")
+    return (int(found),)
+
+
+def control_tokens(tokenizer: Any, *more: int) -> dict[str, int]:
+    """The tokens that steer a model instead of standing for text, and their ids: those that are marked as special, and
+    `more`. Not those of a single character, which text may need."""
+    added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
+    found = {token["content"]: int(token["id"]) for token in added if token["special"] or token["id"] in more}
+    found |= {tokenizer.convert_ids_to_tokens(number): number for number in more}
+    return {
+        content: number
+        for content, number in found.items()
+        if len(content) > 1 and not re.fullmatch(r"<0x[0-9A-F]{2}>", content)  # bytes of what has no token of its own
+    }
+
+
+def plain_backend(backend: str, control: dict[str, int]) -> str:
+    """The JSON of a tokenizer like that of JSON `backend`, but for which `control` written out in a text is text.
+
+    They get names that no text has, in the list of added tokens and in the model's own vocabulary, in which models such
+    as T5's find them even when tokenizers is told not to look for special tokens. No id changes.
+    """
+    content = json.loads(backend)
+    model = content["model"]
+    hidden = {name: f"\ufdd0{name}\ufdd1" for name in control}
+    for token in content["added_tokens"]:
+        token["content"] = hidden.get(token["content"], token["content"])
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {hidden.get(piece, piece): number for piece, number in model["vocab"].items()}
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = hidden[model["unk_token"]]
+    if model.get("merges"):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not hidden.keys() & {*pair, "".join(pair)}]
+    content["post_processor"] = None  # it names them, and is not used
+    return json.dumps(content, ensure_ascii=False)
+
+
+def unknown_id(backend: str) -> int | None:
+    """The token for what the tokenizer does not know, or None if it has none."""
+    content = json.loads(backend)
+    model = content["model"]
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    name, vocab = model.get("unk_token"), model["vocab"]
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    found = vocab.get(name, added.get(name)) if isinstance(vocab, dict) else None
+    return None if found is None else int(found)
+
+
 def num_token_ids(tokenizer: Any) -> int:
     """Embedding rows that its ids need: the largest id plus one. (Some tokenizers' vocab_size leaves out added
     tokens.)"""
@@ -96,22 +173,26 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, out: str) -> None:
 
 
 def main() -> None:
-    from relora_ray.data.documents import read_documents
+    from relora_ray.data.documents import FORMATS, Reading, read_documents
+    from relora_ray.data.formats import Rules
+    from relora_ray.data.sources import find_sources
+    from relora_ray.storage import add_options_argument, parse_options
 
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.data.tokenizer", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("text", nargs="+", help="plain text, JSON lines, Parquet, a saved dataset or a hub name")
+    parser.add_argument("text", nargs="+", help="sources as those of python -m relora_ray.data.prepare")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--text-field", default="text")
+    parser.add_argument("--format", dest="form", choices=FORMATS, default="", help="instead of looking at the content")
+    add_options_argument(parser)
     args = parser.parse_args()
     try:
-        texts = [
-            doc
-            for source in args.text
-            for doc in read_documents(source, text_field=args.text_field, separator=r"<\|endoftext\|>", split="train")
-        ]
+        options = parse_options(args.storage_option)
+        found = find_sources(args.text, form=args.form, options=lambda name: options)
+        rules = Rules(form=args.form, text_field=args.text_field)
+        texts = list(read_documents(found.sources, rules, Reading()))
         train_tokenizer(texts, vocab_size=args.vocab_size, out=args.out)
     except ReloraError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None

@@ -5,8 +5,9 @@
     train-00000.npy ...        one-dimensional uint16 or uint32; every shard but the last of a split is equally long
     validation-00000.npy ...
 
-A split is one stream of packed documents, each followed by the end token. Row i of length L reads stream
-positions i*L .. i*L + L (L + 1 tokens): L inputs, each followed by its target, no token wasted or repeated.
+A split is one stream of packed documents, each followed by the end token, and after the begin tokens if there are any.
+Row i of length L reads stream positions i*L .. i*L + L (L + 1 tokens): L inputs, each followed by its target, no token
+wasted or repeated.
 """
 
 from __future__ import annotations
@@ -55,11 +56,17 @@ class DataIndex(_Record):
     tokenizer_sha256: str
     dtype: Literal["uint16", "uint32"]
     splits: dict[Split, SplitIndex]
+    begin_token_ids: tuple[int, ...] | None = None
+    """What stands in front of every document; None: nothing."""
+    control_tokens: Literal["text"] | None = None
+    """`text`: documents have control tokens written out, such as </s>, and there they are plain text. None: they have
+    none, or those became the tokens."""
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with any token, with the tokenizer and with the split."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        # What is None was unknown to earlier versions: their data keep their fingerprints.
+        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:16]
 
 
 def read_index(storage: Storage) -> DataIndex:
@@ -86,8 +93,10 @@ def read_index(storage: Storage) -> DataIndex:
     return index
 
 
-def write_index(storage: Storage, index: DataIndex) -> None:
-    storage.put("index.json", json.dumps({**index.model_dump(), "fingerprint": index.fingerprint}, indent=1).encode())
+def write_index(storage: Storage, index: DataIndex, *, new: bool = False) -> None:
+    """`new`: FileExistsError if there is one."""
+    record = {**index.model_dump(exclude_none=True), "fingerprint": index.fingerprint}
+    (storage.put_new if new else storage.put)("index.json", json.dumps(record, indent=1).encode())
 
 
 class TokenRows:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from concurrent.futures import Future
 from pathlib import Path
 
 import datasets
@@ -14,6 +16,7 @@ import pytest
 import transformers
 
 from relora_ray.data import prepare as prepare_module
+from relora_ray.data.encode import Workers
 from relora_ray.data.prepare import Request, prepare
 from relora_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from relora_ray.data.tokens import read_index
@@ -107,15 +110,15 @@ def test_killed_run_resumes_without_tokenizing_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_pack", die)
+        patch.setattr(prepare_module, "pack", die)
         with pytest.raises(KeyboardInterrupt):
             prepare(wanted, quiet=True)
-    records = sorted((tmp_path / "out/.prepare").glob("*.json"))
+    records = sorted((tmp_path / "out/.prepare/parts").glob("*.json"))
     assert len(records) > 4
     records[1].unlink()  # one batch was under way
     before = {p: p.stat().st_mtime_ns for p in records if p.exists()}
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module.Storage, "delete", lambda self, prefix: None)  # keep the parts to look at
+        patch.setattr(prepare_module.Storage, "delete_below", lambda self, prefix: None)  # the parts are looked at
         prepare(wanted, quiet=True)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert records[1].exists()
@@ -125,7 +128,7 @@ def test_killed_run_resumes_without_tokenizing_again(
 def test_parts_of_other_text_are_not_taken(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_pack", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(prepare_module, "pack", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             prepare(request(out, text_file), quiet=True)
     changed = tmp_path / "changed.txt"
@@ -178,9 +181,9 @@ def test_large_vocabularies_use_uint32(text_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sources": ("/nowhere.txt",)}, "nowhere.txt: cannot be read as text"),
-        ({"sources": ("/nowhere/at/all",)}, "does not exist, and is not of the form of a hub name"),
-        ({"tokenizer": "/nowhere"}, "tokenizer '/nowhere' cannot be loaded"),
+        ({"sources": ("/nowhere.txt",)}, "/nowhere.txt: no such file or folder"),
+        ({"sources": ("/nowhere/at/all",)}, "/nowhere/at/all: no such file or folder"),
+        ({"tokenizer": "/nowhere"}, "tokenizer '/nowhere' does not exist: there is no such file or folder"),
         ({"validation_fraction": 1e-9}, "none of 40 documents fell to validation"),
         ({"text_field": "txt", "form": "jsonl"}, "is not JSON"),
     ],
@@ -252,7 +255,7 @@ def test_damaged_sources_are_named(name: str, text_file: Path, tmp_path: Path) -
         "latin.txt": "caf\u00e9\n".encode("latin-1"),
     }[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}: cannot be read as"):
+    with pytest.raises(DataError, match=f"{name}(: cannot be read as|:1 is not UTF-8)"):
         prepare(request(tmp_path / "out", tmp_path / name), quiet=True)
 
 
@@ -270,3 +273,83 @@ def test_compressed_text_reads_the_same(text_file: Path, prepared: Path, tmp_pat
         prepare(request(tmp_path / "out", packed, shard_tokens=500), quiet=True).splits
         == read_index(Storage(str(prepared))).splits
     )
+
+
+def test_data_of_earlier_versions_keep_their_fingerprint(data: Path, prepared: Path, text_file: Path) -> None:
+    """The number is from the version before there were begin tokens, and control tokens as text."""
+    raw = json.loads((data / "index.json").read_text())
+    assert raw["fingerprint"] == "75ce7bc1d28acfdf"
+    assert raw.keys() == {"format", "vocab_size", "end_token_id", "tokenizer_sha256", "dtype", "splits", "fingerprint"}
+
+
+def test_unfinished_work_of_an_earlier_version_is_gone_on_from(prepared: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    for name in ("started", "0000000.json", "0000000-train.npy"):
+        (tmp_path / "out/.prepare" / name).write_bytes(b"")
+    assert prepare(request(tmp_path / "out", text_file, shard_tokens=500), quiet=True) == read_index(
+        Storage(str(prepared))
+    )
+    assert not (tmp_path / "out/.prepare").exists()
+
+
+def test_a_document_longer_than_a_shard_and_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": f"{i} birds " * 3_000}) + "\n" for i in range(6)))
+    index = prepare(request(tmp_path / "out", tmp_path / "docs.jsonl", shard_tokens=700, batch_mb=0.001), quiet=True)
+    assert len(index.splits["train"].shards) > 6
+    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "validation")) == sorted(
+        f"{i} birds " * 3_000 for i in range(6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no training documents"),
+        (" \n\n", "no training documents"),
+        ("One.", "none of 1 documents fell to validation"),
+        ("Two.", "all of 1 documents fell to validation"),
+    ],
+)
+def test_text_without_documents_for_both_splits_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "docs.txt").write_text(content)
+    with pytest.raises(DataError, match=message):
+        prepare(request(tmp_path / "out", tmp_path / "docs.txt", validation_fraction=0.5), quiet=True)
+
+
+def test_validation_files_without_documents_are_refused(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("\n")
+    wanted = request(tmp_path / "out", text_file, validation_sources=(str(tmp_path / "held.txt"),))
+    with pytest.raises(DataError, match=r"--validation .*held\.txt: no documents"):
+        prepare(dataclasses.replace(wanted, validation_fraction=None), quiet=True)
+
+
+@pytest.mark.parametrize("last", ["docs.jsonl.gz", "utf16.txt", "page.txt", "nowhere.txt"])
+def test_a_bad_file_is_found_before_the_first_is_tokenized(last: str, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs.jsonl.gz").write_bytes(b"plain")
+    (tmp_path / "utf16.txt").write_bytes("One.".encode("utf-16-le"))
+    (tmp_path / "page.txt").write_text("<html></html>")
+    with pytest.raises(DataError, match=last):
+        prepare(request(tmp_path / "out", text_file, tmp_path / last), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_record_ends_the_work_by_its_name_and_is_passed_over_on_request(tmp_path: Path) -> None:
+    records = [json.dumps({"text": d}) for d in DOCUMENTS] + ['{"text": "half \\ud83d of it"}', '{"text": null}']
+    (tmp_path / "docs.jsonl").write_text("\n".join(records))
+    with pytest.raises(DataError, match=r"docs\.jsonl:41 has half a character, the lone surrogate .* --skip-bad N"):
+        prepare(request(tmp_path / "out", tmp_path / "docs.jsonl"), quiet=True)
+    with pytest.raises(DataError, match=r"docs\.jsonl:42 has null in field 'text'.*--skip-bad=1 lets fewer pass"):
+        prepare(request(tmp_path / "out", tmp_path / "docs.jsonl", skip_bad=1), quiet=True)
+    done = prepare_module.prepare_with_notes(request(tmp_path / "out", tmp_path / "docs.jsonl", skip_bad=2), quiet=True)
+    assert done.notes[0].startswith("2 bad records passed over, the first: ")
+    assert sum(split.num_documents for split in done.index.splits.values()) == len(DOCUMENTS)
+
+
+def test_a_worker_that_is_killed_is_named(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(Workers):
+        def submit(self, *call: object, **named: object) -> Future:
+            return super().submit(os._exit, 137)
+
+    monkeypatch.setattr(prepare_module, "Workers", Dying)
+    with pytest.raises(DataError, match=r"a process that tokenizes was killed.*--num-workers=1"):
+        prepare(request(tmp_path / "out", text_file), quiet=True)
