@@ -163,11 +163,21 @@ def is_hf_folder(path: str) -> bool:
 
 
 def save_hf_folder(
-    model: ModelConfig, dense: dict[str, torch.Tensor], folder: str, *, seq_len: int, end_token_id: int
+    model: ModelConfig,
+    dense: dict[str, torch.Tensor],
+    folder: str,
+    *,
+    seq_len: int,
+    end_token_id: int,
+    begin_token_id: int | None = None,
 ) -> None:
-    """Write a dense state dict as a plain Hugging Face folder: config.json and safetensors, no code of ours."""
+    """Write a dense state dict as a plain Hugging Face folder: config.json and safetensors, no code of ours.
+
+    `begin_token_id`: what stands in front of every document in the data; None: nothing does, so that a text begins
+    behind the end token of the one before."""
     config = hf_config(model, seq_len)
-    config.bos_token_id = config.eos_token_id = end_token_id
+    config.bos_token_id = end_token_id if begin_token_id is None else begin_token_id
+    config.eos_token_id = end_token_id
     config.use_cache = True
     with torch.device("meta"):
         shell = transformers.AutoModelForCausalLM.from_config(config, dtype=next(iter(dense.values())).dtype)

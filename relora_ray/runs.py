@@ -321,13 +321,16 @@ def export_model(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a plain Hugging Face folder: merged weights, config, tokenizer. Needs the run only, not its data."""
+    data = json.loads(setting.get(DATA))
+    begin = data.get("begin_token_ids") or [None]  # several, such as GLM's two: the last stands before the text
     with tempfile.TemporaryDirectory(prefix="relora-ray-export-") as folder:
         save_hf_folder(
             cfg.model,
             {name: t.to(dtype) for name, t in dense.items()},
             folder,
             seq_len=cfg.data.seq_len,
-            end_token_id=json.loads(setting.get(DATA))["end_token_id"],
+            end_token_id=data["end_token_id"],
+            begin_token_id=begin[-1],
         )
         for path in setting.names():
             if path.startswith("tokenizer/"):

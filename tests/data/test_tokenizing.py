@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from relora_ray.data.prepare import Request, prepare_with_notes
@@ -21,7 +22,11 @@ from relora_ray.data.tokenizer import (
 )
 from relora_ray.data.tokens import DataIndex
 from relora_ray.errors import ConfigError, DataError
+from relora_ray.export import export
+from relora_ray.runs import run_storage
+from relora_ray.storage import Storage
 from tests.conftest import TOKENIZER
+from tests.tiny import run, tiny_config
 
 TEXTS = [f"Was </s>{i}<s> 15 pounds. <|endoftext|> And <pad> on, <unk> it went. [PAD]" for i in range(20)]
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>", "<|endoftext|>", "[PAD]"]
@@ -203,6 +208,22 @@ def test_a_byte_tokenizer_loses_nothing(tmp_path: Path) -> None:
     _, notes, _ = prepared(tmp_path, str(TOKENIZER), texts)
     assert notes[-1].startswith("0 of 2")
     assert notes[-1].endswith("0 documents do not decode to themselves, 0 of them in more than spaces")
+
+
+@pytest.mark.parametrize("begin_token", ["", "none"])
+def test_an_export_begins_texts_as_the_data_does(begin_token: str, tmp_path: Path) -> None:
+    tokenizer = make("bytes", tmp_path / "tokenizer", template="<s> $A")
+    prepared(tmp_path, tokenizer, TEXTS * 2, begin_token=begin_token)
+    cfg = tiny_config(tmp_path / "out0", tmp_path / "runs", "train.eval_rows=1")
+    run(cfg)
+    export(run_storage(cfg), Storage(str(tmp_path / "model")))
+    vocab = load_tokenizer(str(tmp_path / "model")).get_vocab()
+    for settings in (
+        transformers.AutoConfig.from_pretrained(tmp_path / "model"),
+        transformers.GenerationConfig.from_pretrained(tmp_path / "model"),
+    ):
+        begin = "</s>" if begin_token == "none" else "<s>"  # a text begins behind the end of the one before
+        assert (settings.bos_token_id, settings.eos_token_id) == (vocab[begin], vocab["</s>"])
 
 
 def test_an_end_token_that_texts_contain_is_refused(tmp_path: Path) -> None:
