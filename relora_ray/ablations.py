@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from relora_ray import __version__
-from relora_ray.config import RunConfig, Section, flatten
+from relora_ray.config import RunConfig, Section
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ConfigError, NonFiniteError, ReloraError
 from relora_ray.plots import pyplot
@@ -99,8 +100,26 @@ class Table(Section):
             ratio = self.warm_start_learning_rate / cfg.optimizer.learning_rate
             lines.append(f"method.warm_start_lr_ratio={ratio!r}")
             cfg = parse_config(_flow({"name": "x", **self.base}), [*lines, *overrides], source=source)
-        # A row that was changed in the table is another run.
-        return cfg.model_copy(update={"name": f"{cfg.name}-{identity(cfg)[:6]}"})
+        # A row that was changed in the table is another run, as is one whose architecture was.
+        return _named(cfg.name, _with_architecture(cfg, _architecture(cfg.model.huggingface)))
+
+
+def _named(name: str, cfg: RunConfig) -> RunConfig:
+    return cfg.model_copy(update={"name": f"{name}-{identity(cfg)[:6]}"})
+
+
+def _with_architecture(cfg: RunConfig, fingerprint: str) -> RunConfig:
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"fingerprint": fingerprint})})
+
+
+@cache
+def _architecture(place: str) -> str:
+    """The fingerprint of what `model.huggingface` names; empty if it names nothing."""
+    if not place:
+        return ""
+    from relora_ray.architecture import read_architecture
+
+    return read_architecture(place).fingerprint
 
 
 def _flow(value: Any) -> str:
@@ -126,7 +145,8 @@ class Results:
             self.records = {r["identity"]: r for r in json.loads(self._path.read_text())["runs"]}
 
     def get(self, cfg: RunConfig) -> Record | None:
-        return self.records.get(identity(cfg))
+        """Runs of versions that went by the place of `model.huggingface` are known by that."""
+        return self.records.get(identity(cfg)) or self.records.get(identity(_with_architecture(cfg, "")))
 
     def add(self, record: Record) -> None:
         self.records[record["identity"]] = record
@@ -147,7 +167,7 @@ _ELSEWHERE = (
 
 def identity(cfg: RunConfig) -> str:
     """Digest of the settings that decide a run's record, its data's fingerprint among them."""
-    settings = flatten(cfg.model_dump(mode="json"))
+    settings = cfg.settings()
     settings["train.compile"] = bool(settings["train.compile"])  # without a word: off, as these are runs on CPUs
     decisive = {k: v for k, v in settings.items() if not k.startswith(_ELSEWHERE)}
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -215,7 +235,7 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
         def submit(row: Row, cfg: RunConfig) -> None:
             if results.get(cfg) is None and identity(cfg) not in submitted:  # two rows may share a run
                 submitted.add(identity(cfg))
-                running[pool.submit(run_one, cfg)] = row
+                running[pool.submit(run_one, _as_it_began(cfg))] = row
 
         for row in table.rows:
             for point in table.points(row):
@@ -235,6 +255,16 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
                 results.add(record)
                 loss = "diverged" if record["loss"] is None else f"loss {record['loss']:.4f}"
                 print(f"{record['name']}: {loss}, {record['train_s']} s", flush=True)
+
+
+def _as_it_began(cfg: RunConfig) -> RunConfig:
+    """The run that a version which went by the place of `model.huggingface` has begun, if one has; else `cfg`."""
+    if not cfg.model.fingerprint:
+        return cfg
+    from relora_ray.runs import is_run, run_storage
+
+    before = _named(cfg.name.rpartition("-")[0], _with_architecture(cfg, ""))
+    return before if is_run(run_storage(before)) else cfg
 
 
 def _one_thread() -> None:

@@ -293,7 +293,8 @@ def _copy(run: Storage, out: Storage, manifest: Manifest, rollbacks: tuple[Rollb
     rollbacks = tuple(r for r in rollbacks if r.to_step <= manifest.step)
     setting, term = find_setting(run), claim(out)
     tokenizer = {name: setting.get(name) for name in setting.names() if name.startswith("tokenizer/")}
-    write_setting(out, term, _at(out, setting.config()), setting.get(DATA), tokenizer)
+    cfg = _at(out, setting.config())
+    write_setting(out, term, cfg, setting.get(DATA), tokenizer, setting.architecture())
     parts = {
         kind: part.model_copy(update={"run": ""}) for kind in ("base", "delta") if (part := getattr(manifest, kind))
     }

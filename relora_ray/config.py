@@ -115,7 +115,11 @@ class ModelConfig(Section):
     """Share the embedding with the output head (LLaMA sizes only; `huggingface` brings its own choice)."""
     huggingface: str = ""
     """Instead of a size: a Hugging Face folder, `config.json` or hub name that gives the architecture of any
-    causal language model. Its weights are not read: see `init_from`."""
+    causal language model. Its weights are not read: see `init_from`. Its content is stored when the run begins, and
+    read from there ever after: the folder may move, and hub names are looked up once."""
+    fingerprint: str = ""
+    """Expected digest of the architecture that `huggingface` names; empty: whatever is there when the run begins, fixed
+    from then on."""
     frozen: tuple[str, ...] = ()
     """Parts of the model that are not trained, by segments of their names, such as `encoder_attn` or `vision_tower`:
     what the model has and never uses."""
@@ -148,6 +152,11 @@ class ModelConfig(Section):
                     f"model.huggingface={self.huggingface!r}, which decides it. Remove one of the two."
                 )
             return self
+        if self.fingerprint:
+            raise ValueError(
+                f"model.fingerprint={self.fingerprint!r} has no effect without model.huggingface, whose "
+                f"architecture it is of. Remove it, or set that."
+            )
         if self.size in LLAMA_SIZES and len(given) == len(dims):
             raise ValueError(
                 f"model.size={self.size!r} has no effect: {', '.join(dims)} are all given. Remove it, or them."
@@ -528,9 +537,17 @@ class RunConfig(Section):
         """The settings that decide the result, flattened to dotted keys.
 
         Two attempts of one run must agree on these; everything else (workers, micro-batch, cadences, where
-        things lie) may change between attempts. `data.fingerprint` stands for the data, not its path.
+        things lie) may change between attempts. `data.fingerprint` stands for the data, not its path, and
+        `model.fingerprint` for what `model.huggingface` names; runs of versions without it are told apart by that.
         """
-        return {k: v for k, v in flatten(self.model_dump(mode="json")).items() if not k.startswith(_OPERATIONAL)}
+        return {k: v for k, v in self.settings().items() if not k.startswith(_OPERATIONAL)}
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, flattened to dotted keys, less those that versions before did not have and that are not used:
+        what was stored is known by the others."""
+        other = {"model.huggingface" if self.model.fingerprint else "model.fingerprint"}
+        given = flatten(self.model_dump(mode="json"))
+        return {k: v for k, v in given.items() if k not in other and (v or k not in STRUCTURAL)}
 
     @property
     def keeps_effective_weights(self) -> bool:

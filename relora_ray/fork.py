@@ -22,7 +22,7 @@ from relora_ray.errors import ConfigError
 from relora_ray.loop import build_state, identity_digest
 from relora_ray.methods import build_method
 from relora_ray.parallel import World
-from relora_ray.runs import begin, check_run, find_setting, read_config, run_storage
+from relora_ray.runs import begin, check_run, find_setting, run_storage
 from relora_ray.schedule import lr_multiplier
 
 MAY_DIFFER = (
@@ -45,9 +45,11 @@ def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:
     term = claim(storage)
     if list_manifests(storage):  # of another that was quicker
         return check_run(cfg)
-    cfg = begin(cfg, term)
     source, method = storage.sibling(parent), build_method(cfg)
-    _refuse_if_unfit(cfg, read_config(source), parent, step)
+    setting = find_setting(source)
+    # The parent's architecture is taken as it has stored it, if it has.
+    cfg = begin(cfg, term, parent=setting if setting.architecture() is not None else None)
+    _refuse_if_unfit(cfg, setting.config(), parent, step)
     storage.put(FORK, json.dumps({"parent": parent, "step": step}).encode())  # says where there may be pins
     manifest = pin(source, cfg.name, step, term.number)  # before it is read: the parent may be training
     checkpointer = Checkpointer(
@@ -87,7 +89,10 @@ def warm_start_digest(cfg: RunConfig) -> str:
 
 
 def _refuse_if_unfit(cfg: RunConfig, parent: RunConfig, name: str, step: int) -> None:
-    ours, theirs = (c.identity() | {"model.init_from": c.model.init_from} for c in (cfg, parent))
+    compared = cfg
+    if parent.model.huggingface and not parent.model.fingerprint:  # of a version that went by the place
+        compared = cfg.model_copy(update={"model": cfg.model.model_copy(update={"fingerprint": ""})})
+    ours, theirs = (c.identity() | {"model.init_from": c.model.init_from} for c in (compared, parent))
     differing = [
         key
         for key in sorted(ours.keys() | theirs.keys())

@@ -30,11 +30,22 @@ from relora_ray.errors import CheckpointError, DamagedError, DivergedError, NonF
 from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
 from relora_ray.metrics import MetricsLog, Record, StepTimer, perplexity
-from relora_ray.model import build_model, num_parameters
+from relora_ray.model import num_parameters
 from relora_ray.optim import trainable
 from relora_ray.parallel import World, digest
 from relora_ray.rollback import roll_back, skipped, where_to_go_on
-from relora_ray.runs import MODEL, begin, data_storage, export_model, find_setting, new_model, open_data, run_storage
+from relora_ray.runs import (
+    MODEL,
+    as_begun,
+    bare_model,
+    begin,
+    data_storage,
+    export_model,
+    find_setting,
+    new_model,
+    open_data,
+    run_storage,
+)
 from relora_ray.schedule import lr_multiplier
 from relora_ray.storage import Storage
 from relora_ray.token_loss import TokenLoss
@@ -100,6 +111,7 @@ def run_attempt(
     if attempt is None:
         attempt = world.on_first(lambda: _begin_alone(cfg))
     setting = world.on_all(lambda: find_setting(storage))
+    cfg = as_begun(cfg, setting)
     method = build_method(cfg)
     data = open_batches(cfg, world)
     checkpointer = Checkpointer(
@@ -362,7 +374,7 @@ def open_batches(cfg: RunConfig, world: World) -> Data:
 
 def build_state(cfg: RunConfig, method: Method, world: World, step: int) -> TrainState:
     """Model and optimizer with the structure they have after `step` updates; tensors are yet to be restored."""
-    model = new_model(cfg) if step == 0 else build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    model = new_model(cfg) if step == 0 else bare_model(cfg)
     method.adapt(model, step)
     model.to(world.device)
     return TrainState(model, method.build_optimizer(model), Position(step=step))

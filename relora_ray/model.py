@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from relora_ray.architecture import Architecture, hf_config
 from relora_ray.config import ModelConfig
 from relora_ray.errors import ConfigError
 from relora_ray.hub import missing
@@ -21,50 +22,12 @@ LEAK = 1e-5
 """A change of a logit, relative to the largest, that is no rounding."""
 
 
-def hf_config(model: ModelConfig, seq_len: int) -> transformers.PretrainedConfig:
-    """The Hugging Face configuration of `model`. ConfigError if `seq_len` is beyond its positions."""
-    llama = model.llama
-    if llama is not None:
-        return transformers.LlamaConfig(
-            vocab_size=model.llama_vocab_size,
-            hidden_size=llama.hidden_size,
-            intermediate_size=llama.intermediate_size,
-            num_hidden_layers=llama.num_layers,
-            num_attention_heads=llama.num_heads,
-            # Rotary embedding has no table to outgrow, so a longer row only moves this number.
-            max_position_embeddings=max(llama.max_positions, seq_len),
-            rms_norm_eps=1e-6,
-            initializer_range=0.02,
-            tie_word_embeddings=model.tie_embeddings,
-            use_cache=False,
-        )
-    if problem := missing(model.huggingface):
-        raise ConfigError(
-            f"model.huggingface={model.huggingface!r} {problem} Give a folder with config.json, the file itself, or a "
-            f"hub name."
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(model.huggingface)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.huggingface={model.huggingface!r} is not a readable Hugging Face configuration: "
-            f"{str(error).splitlines()[0]} Give a folder with config.json, the file itself, or a hub name."
-        ) from error
-    if model.vocab_size is not None:
-        config.vocab_size = model.vocab_size
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and 0 < positions < seq_len:  # XLNet says -1: there is no end
-        raise ConfigError(
-            f"data.seq_len={seq_len} is more than the {positions} positions of model.huggingface="
-            f"{model.huggingface!r}. Use data.seq_len={positions} or less."
-        )
-    config.use_cache = False
-    return config
-
-
-def build_model(model: ModelConfig, *, seq_len: int, seed: int, device: str = "cpu") -> nn.Module:
-    """A freshly initialised causal language model in fp32. `device="meta"` gives shapes without memory."""
-    config = hf_config(model, seq_len)
+def build_model(
+    model: ModelConfig, *, seq_len: int, seed: int, device: str = "cpu", architecture: Architecture | None = None
+) -> nn.Module:
+    """A freshly initialised causal language model in fp32. `device="meta"` gives shapes without memory.
+    `architecture`: what the run has stored of `model.huggingface`, which is then not read."""
+    config = hf_config(model, seq_len, architecture)
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(key(seed, "model"))
@@ -169,13 +132,14 @@ def save_hf_folder(
     *,
     seq_len: int,
     end_token_id: int,
+    architecture: Architecture | None = None,
     begin_token_id: int | None = None,
 ) -> None:
     """Write a dense state dict as a plain Hugging Face folder: config.json and safetensors, no code of ours.
 
     `begin_token_id`: what stands in front of every document in the data; None: nothing does, so that a text begins
     behind the end token of the one before."""
-    config = hf_config(model, seq_len)
+    config = hf_config(model, seq_len, architecture)
     config.bos_token_id = end_token_id if begin_token_id is None else begin_token_id
     config.eos_token_id = end_token_id
     config.use_cache = True

@@ -3,6 +3,7 @@
     <storage>/<name>/setup/<term>/   written by the owner of a term as long as there is no checkpoint; the first one
                                      names it, and it stays
         config.yaml                  compared at every start
+        architecture.json            the content of the config.json that `model.huggingface` named, if it did
         data.json, tokenizer/        the index of the data it reads, and its tokenizer
     <storage>/<name>/model/          the finished model as a plain Hugging Face folder
 
@@ -25,6 +26,7 @@ import torch
 import yaml
 from torch import nn
 
+from relora_ray.architecture import Architecture, is_same_place, is_there, read_architecture
 from relora_ray.checkpoint import (
     History,
     Manifest,
@@ -58,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 SETUP = "setup"
 CONFIG = "config.yaml"
+ARCHITECTURE = "architecture.json"
 DATA = "data.json"
 MODEL = "model"
 MAX_SETTING_BYTES = 2**28
@@ -103,22 +106,26 @@ def check_vocabulary(rows: int, index: DataIndex) -> None:
         )
 
 
-def check_run(cfg: RunConfig) -> RunConfig:
-    """See that the run's folder is this config's, and return it with the data's fingerprint filled in. Writes nothing.
+def check_run(cfg: RunConfig, *, parent: Setting | None = None) -> RunConfig:
+    """See that the run's folder is this config's, and return it with the fingerprints of data and architecture filled
+    in. Writes nothing.
 
     Until there is a checkpoint nothing is lost, and a corrected config takes the place of the one before. From
     then on the config must agree in every key that decides the result; ConfigError lists those that differ.
-    Operational keys may change.
+    Operational keys may change. `parent`: of a run that is yet to begin as a fork.
     """
     storage = run_storage(cfg)
     history = read_history(storage)
     if not history.paths:
-        return _with_fingerprint(cfg, open_data(cfg).fingerprint)
+        cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
+        return _with_architecture(cfg, parent)
     setting = find_setting(storage, history)
     known = setting.config()
     if not cfg.data.fingerprint:
         cfg = _with_fingerprint(cfg, known.data.fingerprint)
-    before, now = known.identity(), cfg.identity()
+    if cfg.model.huggingface and known.model.huggingface:
+        cfg = _with_architecture(cfg, setting)
+    before, now = ({key: [] for key in STRUCTURAL} | c.identity() for c in (known, cfg))
     # Its version trained what these leave out, without a word or in another way: what it did is for its user to say.
     open_to_choice = set(STRUCTURAL) - setting.keys()
     differing = [k for k in sorted((before.keys() | now.keys()) - open_to_choice) if before.get(k) != now.get(k)]
@@ -133,19 +140,81 @@ def check_run(cfg: RunConfig) -> RunConfig:
     return cfg
 
 
-def begin(cfg: RunConfig, term: Term) -> RunConfig:
+def _with_architecture(cfg: RunConfig, known: Setting | None) -> RunConfig:
+    """With the fingerprint of what `model.huggingface` names; of a run that has begun, or the parent of a fork, `known`
+    says it. ConfigError if what is there now is something else."""
+    place, given = cfg.model.huggingface, cfg.model.fingerprint
+    if not place:
+        return cfg
+    stored = known.architecture() if known is not None else None
+    if known is not None and stored is None:  # of a version that went by the place
+        return _with_model(cfg, fingerprint="")
+    if known is None or stored is None:
+        found = read_architecture(place).fingerprint
+        if given and given != found:
+            raise ConfigError(
+                f"model.huggingface={place!r} has fingerprint {found}, but the run needs {given}: another "
+                f"architecture, or an edited config.json. Give the one that it began with, or remove "
+                f"model.fingerprint for this one."
+            )
+        return _with_model(cfg, fingerprint=found)
+    theirs = known.config().model
+    if not is_same_place(place, theirs.huggingface) or is_there(place):
+        differing = stored.differences(read_architecture(place))
+        if differing:
+            raise ConfigError(
+                f"model.huggingface={place!r} is not the architecture that {known.run.url} began with:\n"
+                + "".join(f"  {line}\n" for line in differing)
+                + f"Restore its config.json (the run's own is {known.place.url}/{ARCHITECTURE}), or set another name "
+                f"to start a new run."
+            )
+    return _with_model(cfg, fingerprint=theirs.fingerprint)
+
+
+def find_architecture(cfg: RunConfig) -> Architecture | None:
+    """What the run is to be built by: as it has stored it, or, before it begins, as `model.huggingface` has it. None
+    for LLaMA sizes, and for runs of versions that went by the place. ConfigError if it is not what `cfg` expects."""
+    wanted = cfg.model.fingerprint
+    if not wanted:
+        return None
+    storage = run_storage(cfg)
+    if is_run(storage):
+        setting = find_setting(storage)
+        if setting.config().model.fingerprint == wanted and (stored := setting.architecture()) is not None:
+            return stored
+    found = read_architecture(cfg.model.huggingface)
+    if found.fingerprint != wanted:
+        raise ConfigError(
+            f"model.huggingface={cfg.model.huggingface!r} has fingerprint {found.fingerprint}, but the run needs "
+            f"{wanted}: its config.json was edited meanwhile. Start again."
+        )
+    return found
+
+
+def begin(cfg: RunConfig, term: Term, *, parent: Setting | None = None) -> RunConfig:
     """What `check_run` does, by the run's owner; if there is no checkpoint yet, what the run is is written down, in a
     folder of the term, so that nobody writes into another's. The first checkpoint fixes it."""
-    cfg, storage = check_run(cfg), run_storage(cfg)
+    cfg, storage = check_run(cfg, parent=parent), run_storage(cfg)
     if not read_history(storage).paths:
+        forked = parent is not None and cfg.model.fingerprint
+        architecture = parent.architecture() if parent is not None and forked else find_architecture(cfg)
         data = data_storage(cfg)  # what an export needs of it is copied, so that a run is whole without it
-        write_setting(storage, term, cfg, data.get("index.json"), {p: data.get(p) for p in data.list("tokenizer")})
+        tokenizer = {path: data.get(path) for path in data.list("tokenizer")}
+        write_setting(storage, term, cfg, data.get("index.json"), tokenizer, architecture)
     return cfg
 
 
-def write_setting(run: Storage, term: Term, cfg: RunConfig, data_index: bytes, tokenizer: Mapping[str, bytes]) -> None:
+def write_setting(
+    run: Storage,
+    term: Term,
+    cfg: RunConfig,
+    data_index: bytes,
+    tokenizer: Mapping[str, bytes],
+    architecture: Architecture | None,
+) -> None:
     out = run.child(f"{SETUP}/{term.number:04d}-{term.driver}")
-    for path, content in {**tokenizer, DATA: data_index, CONFIG: to_yaml(cfg).encode()}.items():
+    own = {} if architecture is None else {ARCHITECTURE: architecture.to_json()}
+    for path, content in {**tokenizer, **own, DATA: data_index, CONFIG: to_yaml(cfg).encode()}.items():
         out.put(path, content)  # the config last: it says that all is there
 
 
@@ -177,11 +246,22 @@ class Setting:
         """Dotted, of all settings that are written down: all that its version had."""
         return set(flatten(yaml.safe_load(self.get(CONFIG).decode())))
 
+    def architecture(self) -> Architecture | None:
+        """None for LLaMA sizes, and for runs of versions that went by the place of `model.huggingface`."""
+        fingerprint, source = self.config().model.fingerprint, f"{self.place.url}/{ARCHITECTURE}"
+        if not fingerprint:
+            return None
+        stored = Architecture.from_json(self.get(ARCHITECTURE), source)
+        if stored.fingerprint != fingerprint:
+            raise CheckpointError(f"{source} is not what {CONFIG} beside it says: somebody has changed it. Restore it.")
+        return stored
+
     def names(self) -> list[str]:
         """All that belongs to it."""
         if self.recorded is not None:
             return [known.path for known in self.recorded.objects]
-        return [name for name in (CONFIG, DATA) if self.place.exists(name)] + self.place.list("tokenizer")
+        there = [name for name in (CONFIG, ARCHITECTURE, DATA) if self.place.exists(name)]
+        return there + self.place.list("tokenizer")
 
     def record(self) -> Setup | None:
         """For the first checkpoint to name."""
@@ -244,10 +324,22 @@ def read_config(storage: Storage) -> RunConfig:
     return find_setting(storage).config()
 
 
+def as_begun(cfg: RunConfig, setting: Setting) -> RunConfig:
+    """With the architecture that the run began with."""
+    return _with_model(cfg, fingerprint=setting.config().model.fingerprint)
+
+
+def bare_model(cfg: RunConfig, *, device: str = "cpu") -> nn.Module:
+    """The run's model without what its method adds, as drawn from the seed."""
+    return build_model(
+        cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device=device, architecture=find_architecture(cfg)
+    )
+
+
 def new_model(cfg: RunConfig) -> nn.Module:
     """The model a run starts from: a keyed random one, or the weights of `model.init_from`. fp32, on the CPU."""
-    model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
-    check_vocabulary(embedding_rows(model), open_data(cfg))
+    model = bare_model(cfg)
+    check_embedding(cfg, model)
     if cfg.model.huggingface:
         check_causal(model)
     source = cfg.model.init_from
@@ -266,6 +358,17 @@ def new_model(cfg: RunConfig) -> nn.Module:
     return model
 
 
+def check_embedding(cfg: RunConfig, model: nn.Module) -> None:
+    """DataError if the model cannot read the data's token ids, ConfigError if it has not the rows asked for."""
+    rows = embedding_rows(model)
+    if cfg.model.vocab_size not in (None, rows):
+        raise ConfigError(
+            f"model.vocab_size={cfg.model.vocab_size} has no effect on {type(model).__name__}, whose embedding has "
+            f"{rows} rows. Leave it out, or change the vocabulary in the config.json itself."
+        )
+    check_vocabulary(rows, open_data(cfg))
+
+
 @dataclass(frozen=True)
 class Trained:
     storage: Storage
@@ -274,6 +377,8 @@ class Trained:
     model: nn.Module
     """With the method's structure, such as adapters."""
     manifest: Manifest
+    architecture: Architecture | None
+    """As the run has stored it, see `find_architecture`."""
 
 
 def print_about(command: str, summary: str, text: Callable[[Storage], str]) -> None:
@@ -293,23 +398,24 @@ def load_trained(storage: Storage, step: int | None = None) -> Trained:
 
     The run may be training: if it removes the checkpoint meanwhile, the next newest is taken.
     """
-    cfg = read_config(storage)
+    setting = find_setting(storage)
     while True:
         manifest = read_manifest(storage, existing_step(storage, step))
         try:
-            return _load(storage, cfg, manifest)
+            return _load(setting, manifest)
         except DamagedError:
             if manifest.path in read_history(storage).standing:
                 raise
             logger.warning("%s was removed by the run's own retention while it was read", manifest.path)
 
 
-def _load(storage: Storage, cfg: RunConfig, manifest: Manifest) -> Trained:
+def _load(setting: Setting, manifest: Manifest) -> Trained:
+    cfg, architecture = setting.config(), setting.architecture()
     method = build_method(cfg)
-    model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
+    model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, architecture=architecture)
     method.adapt(model, manifest.step)
-    restore_model(storage, manifest, model, method.frozen_names(model))
-    return Trained(storage, cfg, method, model.eval(), manifest)
+    restore_model(setting.run, manifest, model, method.frozen_names(model))
+    return Trained(setting.run, cfg, method, model.eval(), manifest, architecture)
 
 
 def export_model(
@@ -331,6 +437,7 @@ def export_model(
             seq_len=cfg.data.seq_len,
             end_token_id=data["end_token_id"],
             begin_token_id=begin[-1],
+            architecture=setting.architecture(),
         )
         for path in setting.names():
             if path.startswith("tokenizer/"):
@@ -342,3 +449,7 @@ def export_model(
 
 def _with_fingerprint(cfg: RunConfig, fingerprint: str) -> RunConfig:
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"fingerprint": fingerprint})})
+
+
+def _with_model(cfg: RunConfig, *, fingerprint: str) -> RunConfig:
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"fingerprint": fingerprint})})

@@ -77,7 +77,9 @@ def run_spectrum(run: Storage, *, from_step: int | None = None, step: int | None
     before = load_trained(run, begin)
     if begin >= after.manifest.step:
         raise ConfigError(f"{run.url}: there is no update between step {begin} and step {after.manifest.step}.")
-    plain = build_model(after.cfg.model, seq_len=after.cfg.data.seq_len, seed=0, device="meta")
+    plain = build_model(
+        after.cfg.model, seq_len=after.cfg.data.seq_len, seed=0, device="meta", architecture=after.architecture
+    )
     old, new = (t.method.dense_state_dict(t.model) for t in (before, after))
     noise = _EPS[getattr(after.cfg.method, "frozen_weights", "fp32")]
     noise *= math.sqrt(after.manifest.counters.merges - before.manifest.counters.merges + 1)

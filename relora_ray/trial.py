@@ -14,10 +14,11 @@ import torch
 import transformers
 from torch import nn
 
+from relora_ray.architecture import Architecture, hf_config
 from relora_ray.config import LoraConfig, RunConfig
 from relora_ray.errors import ConfigError
 from relora_ray.methods.lowrank import LowRank, redraw_all_, wrap_
-from relora_ray.model import check_causal, freeze_, hf_config, is_in
+from relora_ray.model import check_causal, freeze_, is_in
 from relora_ray.small import VOCABULARY, small_config
 from relora_ray.token_loss import TokenLoss
 
@@ -80,12 +81,12 @@ def _listed(names: list[str]) -> str:
     return f"[{','.join(sorted(names))}]"
 
 
-def try_architecture(cfg: RunConfig) -> None:
+def try_architecture(cfg: RunConfig, architecture: Architecture | None = None) -> None:
     """Find out with a tiny model of the same architecture whether it is causal, whether all of it is trained, with and
     without adapters, and whether its own loss is the one that is trained. ConfigError.
 
     An architecture that has no tiny form is not tried: what is wrong is found at the first update then."""
-    config = hf_config(cfg.model, cfg.data.seq_len)
+    config = hf_config(cfg.model, cfg.data.seq_len, architecture)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -27,9 +27,8 @@ from relora_ray.config_file import to_yaml
 from relora_ray.errors import ConfigError, RunBusyError, RunFailedError, StoppedError
 from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
-from relora_ray.model import build_model, embedding_rows
 from relora_ray.parallel import World
-from relora_ray.runs import begin, check_run, check_vocabulary, open_data, run_storage
+from relora_ray.runs import bare_model, begin, check_embedding, check_run, find_architecture, run_storage
 from relora_ray.runtime import elastic
 from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
@@ -63,12 +62,13 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
         )
     cfg = _with_absolute_paths(cfg)
     open_batches(cfg, World())
+    cfg = check_run(cfg)
     if cfg.model.llama is None:  # LLaMA is known; others are tried out small, and wrapped at their size
-        try_architecture(cfg)
-        shell = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta")
-        check_vocabulary(embedding_rows(shell), open_data(cfg))
+        try_architecture(cfg, find_architecture(cfg))
+        shell = bare_model(cfg, device="meta")
+        check_embedding(cfg, shell)
         build_method(cfg).adapt(shell, cfg.steps)
-    return check_run(cfg)
+    return cfg
 
 
 def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:

@@ -80,11 +80,19 @@ def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
         "data": sweep.base["data"] | {"path": first.data.path, "fingerprint": first.data.fingerprint},
         "model": sweep.base["model"] | {n: v for n in ("huggingface", "init_from") if (v := getattr(first.model, n))},
     }
-    sweep, folder = dataclasses.replace(sweep, base=base), sweep_storage(first)
+    folder = sweep_storage(first)
+    if first.model.fingerprint and "model.huggingface" not in sweep.spec.space and not _goes_by_place(folder):
+        base["model"] = base["model"] | {"fingerprint": first.model.fingerprint}
+    sweep = dataclasses.replace(sweep, base=base)
     _refuse_forks_between_boundaries(sweep)
     if folder.exists(SWEEP):
         _refuse_another(folder, sweep)
     return sweep, folder
+
+
+def _goes_by_place(folder: Storage) -> bool:
+    """Whether the sweep was begun by a version that knew an architecture by its place."""
+    return folder.exists(SWEEP) and "model.huggingface" in yaml.safe_load(folder.get(SWEEP))["identity"]
 
 
 def _refuse_forks_between_boundaries(sweep: Sweep) -> None:
