@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,6 +29,14 @@ _OF_NO_ACCOUNT = (
     "transformers_weights",  # the name of a file that an export does not have
 )  # fmt: skip
 """Keys that do not decide the function that a model computes: not stored, and not part of its identity."""
+
+_NOT_THE_FUNCTION = re.compile(
+    r"(^|\.)(vocab_size|tie_word_embeddings|initializer\w*|init_\w+|\w*_token_ids?|\w*dropout\w*|\w*_pdrop|"
+    r"\w*_loss_coef|output_\w+|return_dict|id2label.*|label2id.*|num_labels|problem_type|"
+    r"chunk_size_feed_forward|pretraining_tp|gradient_checkpointing|auto_map.*|max_window_layers|summary_\w+)$"
+)
+"""Keys in which a model may differ from the one whose weights it takes: what they change shows in names and shapes of
+tensors, or is training's, or nobody reads it."""
 
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_seq_length",
@@ -138,6 +147,37 @@ def hf_config(model: ModelConfig, seq_len: int, architecture: Architecture | Non
             f"or less."
         )
     return config
+
+
+def function_differences(there: Any, here: Any) -> list[str]:
+    """Settings in which two configurations compute another function from the same weights, as `Architecture` words
+    them. Names and shapes of tensors do not show these."""
+    there, here = (list(language_model_parts(config))[-1] for config in (there, here))
+    if there.model_type != here.model_type:
+        return [f"model_type: {there.model_type!r} there, {here.model_type!r} here"]
+    positions = set() if _depends_on_positions(here) or _depends_on_positions(there) else set(_POSITIONS)
+    known = _settings(here)
+    return [
+        line
+        for line in Architecture(_content(there)).differences(Architecture(_content(here)))
+        if (key := line.partition(":")[0]).partition(".")[0] in known
+        and key.rpartition(".")[2] not in positions
+        and not _NOT_THE_FUNCTION.search(key)
+    ]
+
+
+def _settings(config: Any) -> set[str]:
+    """What architectures of this kind have: what other tools leave in a config.json besides, no model reads."""
+    try:
+        return set(type(config)().to_dict())
+    except Exception:  # a kind without defaults
+        return set(config.to_dict())
+
+
+def _depends_on_positions(config: Any) -> bool:
+    """Whether rotary frequencies are computed from the number of positions."""
+    found = json.dumps(getattr(config, "rope_parameters", None) or {})
+    return any(kind != "default" for kind in re.findall(r'"rope_type": "(\w+)"', found))
 
 
 def read_hf_config(place: str, source: str) -> Any:

@@ -125,18 +125,15 @@ class ModelConfig(Section):
     what the model has and never uses."""
     init_from: str = ""
     """Weights to start from: a Hugging Face folder, a checkpoint of the published ReLoRA code (its adapters are
-    merged), or a run's folder (`RUN` for its newest checkpoint, `RUN@STEP` for a named one). Optimizer state is not
-    taken over. Empty: a seeded random start."""
+    merged), or a run's folder (`RUN` for its newest checkpoint, `RUN@STEP` for a named one; a folder that is called so
+    is itself). Optimizer state is not taken over. Empty: a seeded random start."""
 
     @field_validator("init_from")
     @classmethod
     def _check_place(cls, value: str) -> str:
         if secret_in_url(value):
             raise _rule(secret_in_url(value))
-        place, at, step = value.partition("@")
-        if at and not step.isdigit():
-            raise _rule(f"names {step!r} after the @, not a checkpoint's step. Write RUN@STEP, such as runs/a@5000.")
-        if value and (problem := location_problem(place)):
+        if value and (problem := location_problem(split_step(value)[0])):
             raise _rule(problem)
         return value
 
@@ -776,6 +773,12 @@ def _idle_settings(cfg: RunConfig) -> list[str]:
             f"{save.save_every_steps}: there would be no checkpoint to keep at most of its multiples. Make it one."
         )
     return problems
+
+
+def split_step(place: str) -> tuple[str, int | None]:
+    """`runs/a@5000` -> `runs/a`, 5000. What has no number after its last @ is a place as it is."""
+    run, _, step = place.rpartition("@")
+    return (run, int(step)) if run and step.isascii() and step.isdigit() else (place, None)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

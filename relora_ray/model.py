@@ -6,7 +6,6 @@ Weights start from a keyed seed, in fp32 on the CPU, the same on every rank and 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import transformers
@@ -79,39 +78,6 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def load_hf_weights(model: nn.Module, folder: str) -> None:
-    """Copy the weights of a Hugging Face folder or hub name into `model`. ConfigError if they do not fit."""
-    if problem := missing(folder):
-        raise ConfigError(
-            f"model.init_from={folder!r} {problem} Give a run's folder or URL, a Hugging Face folder, or a hub name."
-        )
-    try:
-        source = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.init_from={folder!r} is not a readable Hugging Face model: {str(error).splitlines()[0]}"
-        ) from error
-    copy_weights(model, source.state_dict(), f"model.init_from={folder!r}")
-
-
-def copy_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy a dense state dict into `model` in place; every name and shape must match, else ConfigError."""
-    own = model.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise ConfigError(f"{source} has no tensor {missing[0]!r} ({len(missing)} missing). Same architecture needed.")
-    if unexpected := sorted(weights.keys() - own.keys()):
-        raise ConfigError(f"{source} has {unexpected[0]!r}, which the model lacks ({len(unexpected)} unexpected).")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise ConfigError(
-                f"{source}: {name} has shape {tuple(weights[name].shape)}, the model {tuple(tensor.shape)}. "
-                f"Set the model section to the architecture of the source."
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-
-
 def embedding_rows(model: nn.Module) -> int:
     """Rows of the input embedding: token ids must be below this."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -119,10 +85,6 @@ def embedding_rows(model: nn.Module) -> int:
 
 def num_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
-
-
-def is_hf_folder(path: str) -> bool:
-    return Path(path, "config.json").is_file()
 
 
 def save_hf_folder(

@@ -27,8 +27,9 @@ def is_reference_folder(path: str) -> bool:
     return Path(path, CONFIG).is_file()
 
 
-def read_reference(folder: str) -> dict[str, torch.Tensor]:
-    """Dense fp32 weights of a checkpoint, adapters merged. ConfigError if it is not readable."""
+def read_reference(folder: str, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Dense fp32 weights of a checkpoint, adapters merged. ConfigError if it is not readable. `device="meta"`: their
+    names and shapes, for which only headers of files are read."""
     try:
         settings = json.loads(Path(folder, CONFIG).read_text())
         scale = settings["lora_alpha"] / settings["r"]
@@ -42,7 +43,7 @@ def read_reference(folder: str) -> dict[str, torch.Tensor]:
             f"model.init_from={folder!r} was trained with quantize={settings['quantize']!r}, which is not read. Merge "
             f"it with the published code first."
         )
-    weights = {n: t.float() for n, t in _read_tensors(folder).items() if not _CONSTANTS.search(n)}
+    weights = {n: t.float() for n, t in _read_tensors(folder, device).items() if not _CONSTANTS.search(n)}
     dense = {n: t for n, t in weights.items() if not re.search(r"\.(lora_A\.weight|lora_B\.weight|scaling)$", n)}
     for name in [n for n in weights if n.endswith(".lora_A.weight")]:
         path = name.removesuffix(".lora_A.weight")
@@ -55,7 +56,7 @@ def read_reference(folder: str) -> dict[str, torch.Tensor]:
     return dense
 
 
-def _read_tensors(folder: str) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: str, device: str) -> dict[str, torch.Tensor]:
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
         raise ConfigError(
@@ -65,7 +66,12 @@ def _read_tensors(folder: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            tensors |= safetensors.torch.load_file(file)
+            tensors |= safetensors.torch.load_file(file) if device == "cpu" else _shapes(file, device)
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"model.init_from: {file} is not a readable safetensors file: {error}") from error
     return tensors
+
+
+def _shapes(file: Path, device: str) -> dict[str, torch.Tensor]:
+    with safetensors.safe_open(file, framework="pt") as opened:
+        return {name: torch.empty(opened.get_slice(name).get_shape(), device=device) for name in opened.keys()}  # noqa: SIM118

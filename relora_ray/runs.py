@@ -21,12 +21,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 
 import torch
 import yaml
 from torch import nn
 
-from relora_ray.architecture import Architecture, is_same_place, is_there, read_architecture
+from relora_ray.architecture import Architecture, hf_config, is_same_place, is_there, read_architecture, read_hf_config
 from relora_ray.checkpoint import (
     History,
     Manifest,
@@ -39,22 +40,22 @@ from relora_ray.checkpoint import (
 )
 from relora_ray.checkpoint.manifest import SetupObject
 from relora_ray.checkpoint.ownership import Term
-from relora_ray.config import STRUCTURAL, RunConfig, flatten
+from relora_ray.config import STRUCTURAL, RunConfig, flatten, split_step
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError, ReloraError
 from relora_ray.methods import Method, build_method
-from relora_ray.model import (
-    build_model,
-    check_causal,
-    copy_weights,
-    embedding_rows,
-    is_hf_folder,
-    load_hf_weights,
-    save_hf_folder,
-)
+from relora_ray.model import build_model, check_causal, embedding_rows, save_hf_folder
 from relora_ray.reference import is_reference_folder, read_reference
 from relora_ray.storage import Options, Storage, add_options_argument, parse_options
+from relora_ray.weights import (
+    check_function,
+    check_shapes,
+    check_weights,
+    copy_weights,
+    is_hf_folder,
+    load_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -342,20 +343,68 @@ def new_model(cfg: RunConfig) -> nn.Module:
     check_embedding(cfg, model)
     if cfg.model.huggingface:
         check_causal(model)
-    source = cfg.model.init_from
-    if not source:
-        return model
-    reference, _, step = source.partition("@")
-    if is_reference_folder(reference):
-        copy_weights(model, read_reference(reference), f"model.init_from={source!r}")
-    elif "://" not in reference and is_hf_folder(reference):
-        load_hf_weights(model, reference)
-    elif is_run(run := Storage(reference, _options_for(reference, cfg))):
-        trained = load_trained(run, int(step) if step else None)
-        copy_weights(model, trained.method.dense_state_dict(trained.model), f"model.init_from={source!r}")
-    else:
-        load_hf_weights(model, source)
+    if source := cfg.model.init_from:
+        place, step, kind = _init_from(cfg)
+        what = f"model.init_from={source!r}"
+        if kind == "reference":
+            copy_weights(model, read_reference(place), what)
+        elif kind == "run":
+            trained = load_trained(Storage(place, _options_for(place, cfg)), step)
+            copy_weights(model, trained.method.dense_state_dict(trained.model), what)
+        else:
+            load_weights(model, place)
+        _check_function(cfg, model)
     return model
+
+
+def check_init_from(cfg: RunConfig, shell: nn.Module) -> None:
+    """See that the weights of `model.init_from` are those of `shell`, the run's model on the meta device, as far as
+    names, shapes, settings and the headers of files tell. ConfigError if not, CheckpointError if a run has none."""
+    if not cfg.model.init_from:
+        return
+    (place, step, kind), what = _init_from(cfg), f"model.init_from={cfg.model.init_from!r}"
+    if kind == "reference":
+        check_shapes(shell.state_dict(), read_reference(place, device="meta"), what)
+    elif kind == "run":
+        setting = find_setting(Storage(place, _options_for(place, cfg)))
+        existing_step(setting.run, step)
+        theirs = setting.config()
+        other = build_model(
+            theirs.model, seq_len=theirs.data.seq_len, seed=0, device="meta", architecture=setting.architecture()
+        )
+        check_shapes(shell.state_dict(), other.state_dict(), what)
+    else:
+        check_weights(shell, place)
+    _check_function(cfg, shell)
+
+
+def _check_function(cfg: RunConfig, model: nn.Module) -> None:
+    """Of a run and a published checkpoint, what `weights.py` does for other folders: see `weights.check_function`."""
+    (place, _, kind), what = _init_from(cfg), f"model.init_from={cfg.model.init_from!r}"
+    if kind == "run":
+        setting = find_setting(Storage(place, _options_for(place, cfg)))
+        theirs = setting.config()
+        check_function(hf_config(theirs.model, theirs.data.seq_len, setting.architecture()), model.config, what)
+    elif kind == "reference" and is_hf_folder(place):
+        check_function(read_hf_config(place, what), model.config, what)
+
+
+def _init_from(cfg: RunConfig) -> tuple[str, int | None, Literal["reference", "run", "folder"]]:
+    """Place, step and kind of `model.init_from`. A place that is called like RUN@STEP is itself."""
+    source = cfg.model.init_from
+    place, step = split_step(source)
+    if step is not None and _is_place(cfg, source):
+        place, step = source, None
+    local = "://" not in place
+    if local and is_reference_folder(place):
+        return place, None, "reference"
+    if not (local and is_hf_folder(place)) and is_run(Storage(place, _options_for(place, cfg))):
+        return place, step, "run"
+    return (source if step is not None else place), None, "folder"
+
+
+def _is_place(cfg: RunConfig, place: str) -> bool:
+    return is_there(place) if "://" not in place else is_run(Storage(place, _options_for(place, cfg)))
 
 
 def check_embedding(cfg: RunConfig, model: nn.Module) -> None:

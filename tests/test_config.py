@@ -87,7 +87,6 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["storage=$HOME/runs"], ["storage='$HOME/runs' has a $"]),
         (["storage='  '"], ["storage='  ' is blank"]),
         (["model.size=9m"], ["model.size='9m' has no effect"]),
-        (["model.init_from=runs/a@last"], ["model.init_from='runs/a@last' names 'last' after the @"]),
         (["schedule.restart_warmup_steps=0"], ["schedule.restart_warmup_steps=0", "plain cosine"]),
         (["schedule.kind=constant", "schedule.restart_warmup_steps=0", "schedule.min_lr_ratio=0"], ["has no effect"]),
         (["method.warm_start_steps=0", "method.warm_start_lr_ratio=0.5"], ["method.warm_start_lr_ratio=0.5 has no"]),
@@ -206,7 +205,8 @@ def test_secret_in_a_storage_url_is_not_repeated() -> None:
         with pytest.raises(ConfigError, match=r"='s3://\*\*\*@bucket/x' must not carry credentials") as caught:
             parse_config(TINY, [f"{key}=s3://key:secret@bucket/x"])
         assert "secret" not in str(caught.value)
-    parse_config(TINY, ["model.init_from=s3://bucket/run@5"])
+    for place in ("s3://bucket/run@5", "runs/a@b/model", "s3://bucket/a@b/run@5"):
+        assert parse_config(TINY, [f"model.init_from={place}"]).model.init_from == place
 
 
 def test_options_that_hold_no_secret_may_be_written_out() -> None:

@@ -28,7 +28,15 @@ from relora_ray.errors import ConfigError, RunBusyError, RunFailedError, Stopped
 from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
 from relora_ray.parallel import World
-from relora_ray.runs import bare_model, begin, check_embedding, check_run, find_architecture, run_storage
+from relora_ray.runs import (
+    bare_model,
+    begin,
+    check_embedding,
+    check_init_from,
+    check_run,
+    find_architecture,
+    run_storage,
+)
 from relora_ray.runtime import elastic
 from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
@@ -63,6 +71,8 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
     cfg = _with_absolute_paths(cfg)
     open_batches(cfg, World())
     cfg = check_run(cfg)
+    if cfg.model.init_from and not list_manifests(run_storage(cfg)):  # else it is not read again
+        check_init_from(cfg, bare_model(cfg, device="meta"))
     if cfg.model.llama is None:  # LLaMA is known; others are tried out small, and wrapped at their size
         try_architecture(cfg, find_architecture(cfg))
         shell = bare_model(cfg, device="meta")
@@ -285,7 +295,9 @@ def _with_absolute_paths(cfg: rc.RunConfig) -> rc.RunConfig:
         update={
             name: os.path.abspath(value)
             for name in ("huggingface", "init_from")
-            if (value := getattr(cfg.model, name)) and "://" not in value and os.path.exists(value.partition("@")[0])
+            if (value := getattr(cfg.model, name))
+            and "://" not in value
+            and (os.path.exists(value) or (name == "init_from" and os.path.exists(rc.split_step(value)[0])))
         }
     )
     return cfg.model_copy(
