@@ -48,6 +48,10 @@ class SupersededError(CheckpointError):
     """Another driver owns the run by now."""
 
 
+class ExportError(ReloraError):
+    """A trained model that was written as a Hugging Face folder does not load as what it was."""
+
+
 class DivergedError(ReloraError):
     """The loss exploded, and the run may not go back (again)."""
 

@@ -19,9 +19,8 @@ def export(run: Storage, out: Storage, *, step: int | None = None, dtype: torch.
     if out.exists("config.json"):
         raise ConfigError(f"{out.url} holds a model already. Choose another folder, or delete it first.")
     trained = load_trained(run, step)
-    export_model(
-        find_setting(trained.storage), trained.cfg, trained.method.dense_state_dict(trained.model), out, dtype=dtype
-    )
+    dense = trained.method.dense_state_dict(trained.model)
+    export_model(find_setting(trained.storage), trained.cfg, trained.model, dense, out, dtype=dtype)
     return trained.manifest.step
 
 

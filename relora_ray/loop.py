@@ -553,7 +553,7 @@ def _export_if_missing(
     out = storage.child(MODEL)
     if not out.exists("config.json"):
         checkpointer.fence()
-        export_model(find_setting(storage), cfg, method.dense_state_dict(state.model), out)
+        export_model(find_setting(storage), cfg, state.model, method.dense_state_dict(state.model), out)
 
 
 def _train_record(

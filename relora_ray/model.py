@@ -14,7 +14,6 @@ from torch import nn
 from relora_ray.architecture import Architecture, hf_config
 from relora_ray.config import ModelConfig
 from relora_ray.errors import ConfigError
-from relora_ray.hub import missing
 from relora_ray.keyed import key
 
 LEAK = 1e-5
@@ -85,29 +84,3 @@ def embedding_rows(model: nn.Module) -> int:
 
 def num_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
-
-
-def save_hf_folder(
-    model: ModelConfig,
-    dense: dict[str, torch.Tensor],
-    folder: str,
-    *,
-    seq_len: int,
-    end_token_id: int,
-    architecture: Architecture | None = None,
-    begin_token_id: int | None = None,
-) -> None:
-    """Write a dense state dict as a plain Hugging Face folder: config.json and safetensors, no code of ours.
-
-    `begin_token_id`: what stands in front of every document in the data; None: nothing does, so that a text begins
-    behind the end token of the one before."""
-    config = hf_config(model, seq_len, architecture)
-    config.bos_token_id = end_token_id if begin_token_id is None else begin_token_id
-    config.eos_token_id = end_token_id
-    config.use_cache = True
-    with torch.device("meta"):
-        shell = transformers.AutoModelForCausalLM.from_config(config, dtype=next(iter(dense.values())).dtype)
-    transformers.utils.logging.disable_progress_bar()
-    # Tied weights appear twice in a state dict and once in a file; the architecture knows which.
-    tied = set(getattr(shell, "all_tied_weights_keys", None) or {})
-    shell.save_pretrained(folder, state_dict={name: t for name, t in dense.items() if name not in tied})

@@ -18,10 +18,10 @@ import json
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -44,8 +44,9 @@ from relora_ray.config import STRUCTURAL, RunConfig, flatten, split_step
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError, ReloraError
+from relora_ray.hf_export import check_exported_tokenizer, export_config, load_exported_tokenizer, write_hf_folder
 from relora_ray.methods import Method, build_method
-from relora_ray.model import build_model, check_causal, embedding_rows, save_hf_folder
+from relora_ray.model import build_model, check_causal, embedding_rows
 from relora_ray.reference import is_reference_folder, read_reference
 from relora_ray.storage import Options, Storage, add_options_argument, parse_options
 from relora_ray.weights import (
@@ -470,30 +471,53 @@ def _load(setting: Setting, manifest: Manifest) -> Trained:
 def export_model(
     setting: Setting,
     cfg: RunConfig,
+    model: nn.Module,
     dense: dict[str, torch.Tensor],
     out: Storage,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a plain Hugging Face folder: merged weights, config, tokenizer. Needs the run only, not its data."""
-    data = json.loads(setting.get(DATA))
-    begin = data.get("begin_token_ids") or [None]  # several, such as GLM's two: the last stands before the text
+    """Write a plain Hugging Face folder: merged weights, config, tokenizer. Needs the run only, not its data.
+    `model`: what was trained, with its method's structure, whose dense weights are `dense`. ExportError if the folder
+    does not load as that; then nothing is written to `out`."""
     with tempfile.TemporaryDirectory(prefix="relora-ray-export-") as folder:
-        save_hf_folder(
-            cfg.model,
-            {name: t.to(dtype) for name, t in dense.items()},
-            folder,
-            seq_len=cfg.data.seq_len,
-            end_token_id=data["end_token_id"],
-            begin_token_id=begin[-1],
-            architecture=setting.architecture(),
-        )
+        local = Storage(folder)
         for path in setting.names():
             if path.startswith("tokenizer/"):
-                out.put(path.removeprefix("tokenizer/"), setting.get(path))
-        local = Storage(folder)
+                local.put(path.removeprefix("tokenizer/"), setting.get(path))
+        data = json.loads(setting.get(DATA))
+        end, begin = data["end_token_id"], data.get("begin_token_ids")
+        config = _export_config(cfg, setting.architecture(), folder, end, begin)
+        # A text with nothing in front begins behind the end of the one before, as it did in training.
+        write_hf_folder(model, dense, config, folder, dtype=dtype, begin_token_id=begin[-1] if begin else end)
         for path in sorted(local.list(), key=lambda path: path == "config.json"):  # last: it says that all is there
             out.put(path, local.get(path))
+
+
+def check_export(cfg: RunConfig) -> None:
+    """See, before anything is trained, that config and tokenizer can be exported as `export_model` will."""
+    data, index = data_storage(cfg), open_data(cfg)
+    with tempfile.TemporaryDirectory(prefix="relora-ray-export-") as folder:
+        local = Storage(folder)
+        for path in data.list("tokenizer"):
+            local.put(path.removeprefix("tokenizer/"), data.get(path))
+        tokenizer = load_exported_tokenizer(folder)
+        config = _export_config(cfg, find_architecture(cfg), folder, index.end_token_id, index.begin_token_ids)
+        config.save_pretrained(folder)
+        check_exported_tokenizer(folder, tokenizer)
+
+
+def _export_config(
+    cfg: RunConfig, architecture: Architecture | None, folder: str, end_token_id: int, begin: Sequence[int] | None
+) -> Any:
+    """`begin`: ids in front of every document of the data; of several, such as GLM's two, the last counts."""
+    return export_config(
+        hf_config(cfg.model, cfg.data.seq_len, architecture),
+        load_exported_tokenizer(folder),
+        end_token_id=end_token_id,
+        begin_token_id=begin[-1] if begin else None,
+        own_ids=cfg.model.llama is None,
+    )
 
 
 def _with_fingerprint(cfg: RunConfig, fingerprint: str) -> RunConfig:

@@ -19,8 +19,10 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from relora_ray.architecture import hf_config, read_architecture
 from relora_ray.config import ModelConfig, ReloraConfig, RunConfig
 from relora_ray.errors import ConfigError
+from relora_ray.hf_export import export_config, write_hf_folder
 from relora_ray.methods.lowrank import (
     LowRankStack,
     folded_state_dict,
@@ -30,10 +32,11 @@ from relora_ray.methods.lowrank import (
     refresh_all_,
     wrap_,
 )
-from relora_ray.model import build_model, check_causal, save_hf_folder
+from relora_ray.model import build_model, check_causal
 from relora_ray.optim import build_adamw
 from relora_ray.small import small_config
 from relora_ray.trial import _check_loss, _ids, _loss, check_gradients
+from relora_ray.weights import check_weights, load_weights
 from tests.tiny import tiny_config
 
 INCOMPLETE: dict[str, dict[str, Any]] = {
@@ -139,14 +142,25 @@ def examine(model_type: str, folder: Path) -> Found:
     merge_all_(model)
     redraw_all_(model, seed=0, boundary=1)
     found.merging = _change(before, _logits(model))
-    save_hf_folder(
-        model_cfg, folded_state_dict(model), str(folder / "out"), seq_len=cfg.data.seq_len, end_token_id=1,
-    )  # fmt: skip
+    _export(model_cfg, model, cfg.data.seq_len, folder)
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
     exported.config.get_text_config().use_cache = exported.config.use_cache = False
     found.exporting = _change(before, _logits(exported))
     found.kinds = Counter(type(layer).__name__ for layer in low_rank_layers(model).values())
     return found
+
+
+def _export(model_cfg: ModelConfig, model: torch.nn.Module, seq_len: int, folder: Path) -> None:
+    """And take the weights from there again, into the architecture as a run stores it."""
+    out, dense = folder / "out", folded_state_dict(model)
+    out.mkdir()
+    architecture = read_architecture(model_cfg.huggingface)
+    config = export_config(hf_config(model_cfg, seq_len, architecture), None, end_token_id=1, own_ids=True)
+    write_hf_folder(model, dense, config, str(out), dtype=torch.float32)
+    check_weights(build_model(model_cfg, seq_len=seq_len, seed=1, device="meta", architecture=architecture), str(out))
+    again = build_model(model_cfg, seq_len=seq_len, seed=1, architecture=architecture)
+    load_weights(again, str(out))
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in again.state_dict().items())
 
 
 def _wrapped(cfg: RunConfig, model_cfg: ModelConfig, leave_out: list[str]) -> torch.nn.Module:

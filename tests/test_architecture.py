@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -310,3 +311,11 @@ def test_tables_of_runs_know_an_architecture_by_its_content(
 def test_fingerprint_needs_an_architecture_to_be_of(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.fingerprint='abc' has no effect without model.huggingface"):
         tiny_config(data, tmp_path, "model.fingerprint=abc")
+
+
+def test_quantised_architecture_is_trained_dense(hf: RunConfig, folder: Path) -> None:
+    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    run(preflight(hf))
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{run_storage(hf).url}/model")
+    assert not hasattr(model.config, "quantization_config")
+    assert all(p.dtype == torch.float32 for p in model.parameters())

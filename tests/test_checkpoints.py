@@ -199,7 +199,7 @@ def test_tokenizer_names_of_an_earlier_version_are_checked_too(
     )
     trained = load_trained(storage)
     with pytest.raises(StorageError, match="is no name of an object below"):
-        export_model(setting, trained.cfg, trained.method.dense_state_dict(trained.model), out)
+        export_model(setting, trained.cfg, trained.model, trained.method.dense_state_dict(trained.model), out)
     assert not (tmp_path / "x").exists()
 
 

@@ -19,7 +19,7 @@ RANKS = {
     "config": 1, "storage": 1, "data.order": 1,
     "schedule": 2, "config_file": 2, "plots": 2, "architecture": 2, "optim": 2, "reference": 2, "parallel": 2,
     "token_loss": 2, "small": 2,
-    "model": 2.5, "weights": 2.5,
+    "model": 2.3, "weights": 2.3, "hf_export": 2.6,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,
     "runs": 4, "divergence": 4, "rollback": 4, "metrics": 4, "trial": 4, "tally": 5, "loop": 5, "fork": 6, "sweep": 5,
     "runtime": 7,

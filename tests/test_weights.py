@@ -329,7 +329,8 @@ def test_hub_name_is_checked_by_the_headers_there(folder: Path, monkeypatch: pyt
         return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
 
     file, config = folder / "model.safetensors", transformers.AutoConfig.from_pretrained(folder)
-    monkeypatch.setattr(weights, "missing", lambda name: "")
+    for module in ("weights", "architecture"):
+        monkeypatch.setattr(f"relora_ray.{module}.missing", lambda name: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda place, **_: config)

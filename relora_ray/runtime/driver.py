@@ -32,6 +32,7 @@ from relora_ray.runs import (
     bare_model,
     begin,
     check_embedding,
+    check_export,
     check_init_from,
     check_run,
     find_architecture,
@@ -71,6 +72,7 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
     cfg = _with_absolute_paths(cfg)
     open_batches(cfg, World())
     cfg = check_run(cfg)
+    check_export(cfg)
     if cfg.model.init_from and not list_manifests(run_storage(cfg)):  # else it is not read again
         check_init_from(cfg, bare_model(cfg, device="meta"))
     if cfg.model.llama is None:  # LLaMA is known; others are tried out small, and wrapped at their size

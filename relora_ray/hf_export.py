@@ -1,0 +1,210 @@
+"""A trained model as a plain Hugging Face folder: config.json, safetensors, no code of ours.
+
+A folder is loaded once, as a user would, before it counts as written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from relora_ray.architecture import function_differences, language_model_parts
+from relora_ray.errors import ConfigError, ExportError
+from relora_ray.weights import check_weights
+
+logger = logging.getLogger(__name__)
+
+LOADED_UP_TO_BYTES = 2**31
+"""Models up to this, in fp32, are loaded for the test, which takes as much memory once more. Of larger ones names,
+shapes, headers of files and settings are compared."""
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
+"""Logits may differ by this, relative to the largest, from those of a model on such a device. On one CPU it is 1e-7 to
+1e-6; a GPU may be told to multiply in TF32, with 10 bits of mantissa. Settings and tensors are compared as well, and
+exactly: this is for what they do not show."""
+_SAMPLE = "It was a truth, universally acknowledged:\n\n  1 + 1 = 2."
+"""What tokenizers are compared on."""
+
+
+def write_hf_folder(
+    trained: nn.Module,
+    dense: dict[str, torch.Tensor],
+    config: Any,
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    begin_token_id: int | None = None,
+) -> None:
+    """Write dense fp32 weights, as `dtype`, into a folder that has the tokenizer, if there is one.
+
+    `trained`: the model that they are of, which is run on a few tokens. `config`: as `export_config` made it.
+    `begin_token_id`: what a text that is generated from nothing begins behind; default: the config's.
+    ExportError if what was written does not load as that model.
+    """
+    tokenizer = load_exported_tokenizer(folder)
+    config.use_cache = True
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if getattr(shell, "generation_config", None) is not None:
+        shell.generation_config = transformers.GenerationConfig.from_model_config(shell.config)
+        if begin_token_id is not None:
+            shell.generation_config.bos_token_id = begin_token_id
+    transformers.utils.logging.disable_progress_bar()
+    # Tied weights appear twice in a state dict and once in a file; the architecture knows which.
+    tied = set(getattr(shell, "all_tied_weights_keys", None) or {})
+    stored = {name: tensor.to(dtype) for name, tensor in dense.items() if name not in tied}
+    shell.save_pretrained(folder, state_dict=stored, max_shard_size="5GB")
+    del stored
+    _tell_earlier_versions(Path(folder, "config.json"))
+    check_hf_folder(trained, dense, shell.config, folder, dtype=dtype)
+    check_exported_tokenizer(folder, tokenizer)
+
+
+def _tell_earlier_versions(path: Path) -> None:
+    """Write the rotary base also where transformers 4 looks for it, which would silently take its default."""
+    written = path.read_text()
+    raw = json.loads(written)
+    rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope.get("rope_theta"), (int, float)):
+        return  # none, or one for each kind of layer, which version 4 had other names for
+    read = transformers.AutoConfig.from_pretrained(path).to_dict()
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    raw |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling if scaling.get("rope_type") != "default" else None,
+    }
+    path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    if transformers.AutoConfig.from_pretrained(path).to_dict() != read:  # an architecture that knows no such keys
+        path.write_text(written)
+
+
+def export_config(
+    config: Any, tokenizer: Any, *, end_token_id: int, own_ids: bool, begin_token_id: int | None = None
+) -> Any:
+    """The configuration with the ids of its special tokens: those of the tokenizer where it has them, else the
+    architecture's, if they are its own (`own_ids`) and there is such a row. What ends a document of the data is the end
+    of a sequence if nobody says another; what begins one there (`begin_token_id`) is what begins one."""
+    parts = list(language_model_parts(config))
+    rows = getattr(parts[-1], "vocab_size", None)
+    for name, default in (("bos_token_id", end_token_id), ("eos_token_id", end_token_id), ("pad_token_id", None)):
+        own: Any = default
+        if own_ids:
+            own = next((n for part in parts if (n := getattr(part, name, None)) is not None), None)
+        said = getattr(tokenizer, name, None)
+        if name == "bos_token_id" and begin_token_id is not None:
+            said = begin_token_id
+        if said is not None and not (isinstance(own, list) and said in own):
+            own = said
+        known = [n for n in (own if isinstance(own, list) else [own]) if n is not None and 0 <= n < (rows or n + 1)]
+        value: Any = known if isinstance(own, list) and known else next(iter(known), None)
+        if value is None and name == "eos_token_id":
+            value = end_token_id
+        for part in parts:
+            setattr(part, name, value)
+    return config
+
+
+def check_hf_folder(
+    trained: nn.Module, dense: dict[str, torch.Tensor], config: Any, folder: str, *, dtype: torch.dtype
+) -> None:
+    """See that a folder loads in plain transformers as the model that was trained. ExportError if not."""
+    try:
+        if differing := function_differences(config, transformers.AutoConfig.from_pretrained(folder)):
+            raise ConfigError(f"its config.json says something else: {'; '.join(differing)}.")
+        num_bytes = 4 * sum(tensor.numel() for tensor in dense.values())
+        if num_bytes > LOADED_UP_TO_BYTES:
+            with torch.device("meta"):
+                shell = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+            check_weights(shell, folder)
+            logger.info(
+                "the export is not loaded for a test, as its %.1f GB would be in memory twice: names, shapes, headers "
+                "and settings are compared",
+                num_bytes / 1e9,
+            )
+            return
+        _check_by_loading(trained, dense, folder, dtype)
+    except Exception as error:
+        raise ExportError(
+            f"the exported folder does not load as the model that was trained: {error} Nothing is lost: the "
+            f"checkpoints are whole, and python -m relora_ray.export writes the folder when the cause is mended."
+        ) from error
+
+
+def _check_by_loading(trained: nn.Module, dense: dict[str, torch.Tensor], folder: str, dtype: torch.dtype) -> None:
+    loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+    )
+    if wrong := {kind: sorted(map(str, names)) for kind, names in found.items() if names}:
+        raise ConfigError(f"transformers reports {wrong}.")
+    tensors = loaded.state_dict()
+    for name, tensor in dense.items():
+        if not torch.equal(tensors[name], tensor.to(dtype).float().cpu()):
+            raise ConfigError(f"{name} has other values there.")
+    for name, tensor in dense.items():
+        tensors[name].copy_(tensor)  # so that rounding to `dtype` plays no part in what follows
+    for part in language_model_parts(loaded.config):
+        part.use_cache = False  # as in training
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(7, 23)[None] % rows
+    with _evaluating(trained), torch.no_grad():
+        device = next(trained.parameters()).device
+        ours = trained(input_ids=ids.to(device)).logits.float().cpu()
+        theirs = loaded.eval()(input_ids=ids).logits
+    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    if not difference <= TOLERANCE[device.type] * largest:
+        raise ConfigError(f"its logits differ by {difference:.2g}, where the largest is {largest:.2g}.")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def load_exported_tokenizer(folder: str) -> Any:
+    """The tokenizer in a folder; None if there is none. ExportError if it cannot be loaded."""
+    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, and bare Exception from the Rust side
+        raise ExportError(f"the tokenizer of the data does not load beside the model: {error}") from error
+
+
+def check_exported_tokenizer(folder: str, before: Any) -> None:
+    """See that the tokenizer of a folder is the one that it was before config.json was there. ExportError if not.
+
+    For some architectures (Qwen2 is one) AutoTokenizer takes a class of theirs, whatever tokenizer_config.json says,
+    which puts rules of its own in the place of the tokenizer's. That is said; PreTrainedTokenizerFast reads it rightly.
+    """
+    if before is None:
+        return
+    expected = _sample(before)
+    if _sample(after := load_exported_tokenizer(folder)) == expected:
+        return
+    found = _sample(transformers.PreTrainedTokenizerFast.from_pretrained(folder))
+    if found != expected:
+        raise ExportError(
+            f"the tokenizer of the data makes other tokens when it is loaded beside the model's config.json: "
+            f"{found[:8]} instead of {expected[:8]}."
+        )
+    logger.warning(
+        "AutoTokenizer reads the data's tokenizer as a %s beside this architecture's config.json, and makes other "
+        "tokens than those that are trained on. Read that of the exported folder by PreTrainedTokenizerFast.",
+        type(after).__name__,
+    )
+
+
+def _sample(tokenizer: Any) -> list[int]:
+    return list(tokenizer(_SAMPLE, add_special_tokens=False).input_ids)
