@@ -12,12 +12,12 @@ The driver uses this before anything is spent, the loop at the start of an attem
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
+import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -40,7 +40,8 @@ from relora_ray.checkpoint.ownership import Term
 from relora_ray.config import STRUCTURAL, RunConfig, flatten
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
-from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError, ReloraError
+from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError
+from relora_ray.hub import missing
 from relora_ray.methods import Method, build_method
 from relora_ray.model import (
     build_model,
@@ -52,7 +53,7 @@ from relora_ray.model import (
     save_hf_folder,
 )
 from relora_ray.reference import is_reference_folder, read_reference
-from relora_ray.storage import Options, Storage, add_options_argument, parse_options
+from relora_ray.storage import Options, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +245,26 @@ def read_config(storage: Storage) -> RunConfig:
     return find_setting(storage).config()
 
 
+def check_init_from(cfg: RunConfig) -> None:
+    """See that what the weights are to come from is there, as far as that can be seen without reading them. ConfigError
+    or CheckpointError if not."""
+    source, key = cfg.model.init_from, f"model.init_from={cfg.model.init_from!r}"
+    place, at, step = source.partition("@")
+    if "://" not in place:
+        if problem := missing(place):
+            raise ConfigError(f"{key} {problem} Give a run's folder or URL, a Hugging Face folder, or a hub name.")
+        if is_reference_folder(place) or is_hf_folder(place):
+            return
+        if not os.path.exists(place):  # a hub's name
+            return
+    run = Storage(place, _options_for(place, cfg), retry_s=cfg.storage_retry_s)
+    if not is_run(run):
+        raise ConfigError(
+            f"{key}: there is neither a run nor a model, which would have a config.json. Give the folder of one."
+        )
+    existing_step(run, int(step) if at else None)
+
+
 def new_model(cfg: RunConfig) -> nn.Module:
     """The model a run starts from: a keyed random one, or the weights of `model.init_from`. fp32, on the CPU."""
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
@@ -274,18 +295,6 @@ class Trained:
     model: nn.Module
     """With the method's structure, such as adapters."""
     manifest: Manifest
-
-
-def print_about(command: str, summary: str, text: Callable[[Storage], str]) -> None:
-    """The main function of a command that is given a run and prints `text` of it."""
-    parser = argparse.ArgumentParser(prog=f"python -m relora_ray.{command}", description=summary, allow_abbrev=False)
-    parser.add_argument("run", help="the run's folder or URL")
-    add_options_argument(parser)
-    args = parser.parse_args()
-    try:
-        print(text(Storage(args.run, parse_options(args.storage_option))))
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 def load_trained(storage: Storage, step: int | None = None) -> Trained:

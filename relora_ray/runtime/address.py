@@ -57,23 +57,30 @@ def refuse_if_dead(address: str) -> None:
             raise ConfigError(
                 "RAY_ADDRESS=auto, and no Ray runs on this machine. Start one: ray start --head."
             ) from error
+    if wrong := knock(place):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: {wrong}. Start it (ray start --head), give the address of one that runs, or unset "
+            f"it to start a Ray for this run."
+        )
+
+
+def knock(place: str) -> str:
+    """What is wrong with the head at HOST:PORT, or "" if it answers."""
     host, _, port = place.rpartition(":")
     for number in range(TRIES):
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S) as connection:
-                if not _speaks_grpc(connection):
-                    raise ConfigError(
-                        f"RAY_ADDRESS={address}: what answers there is not Ray's head. Its port is 6379, unless it was "
-                        f"started with another; 8265 is its dashboard's."
-                    )
-                return
+                if _speaks_grpc(connection):
+                    return ""
+                return (
+                    "what answers there is not Ray's head, whose port is 6379 unless it was started with another "
+                    "(8265 is its dashboard's)"
+                )
         except OSError as error:
-            if number + 1 == TRIES:
-                raise ConfigError(
-                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({error.strerror or error}). Start it (ray "
-                    f"start --head), give the address of one that runs, or unset it to start a Ray for this run."
-                ) from error
+            wrong = f"no Ray cluster answers there ({error.strerror or error})"
+        if number + 1 < TRIES:
             time.sleep(PAUSE_S)
+    return wrong
 
 
 def _speaks_grpc(connection: socket.socket) -> bool:

@@ -29,7 +29,7 @@ from relora_ray.loop import open_batches
 from relora_ray.methods import build_method
 from relora_ray.model import build_model, embedding_rows
 from relora_ray.parallel import World
-from relora_ray.runs import begin, check_run, check_vocabulary, open_data, run_storage
+from relora_ray.runs import begin, check_init_from, check_run, check_vocabulary, open_data, run_storage
 from relora_ray.runtime import elastic
 from relora_ray.runtime.address import cluster_address, refuse_if_dead
 from relora_ray.runtime.agent import Rendezvous, run_agent
@@ -71,7 +71,10 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
         shell = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, device="meta")
         check_vocabulary(embedding_rows(shell), open_data(cfg))
         build_method(cfg).adapt(shell, cfg.steps)
-    return check_run(cfg)
+    cfg = check_run(cfg)
+    if cfg.model.init_from and not list_manifests(run_storage(cfg)):
+        check_init_from(cfg)
+    return cfg
 
 
 def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:
@@ -319,7 +322,9 @@ def _with_absolute_paths(cfg: rc.RunConfig) -> rc.RunConfig:
         update={
             name: os.path.abspath(value)
             for name in ("huggingface", "init_from")
-            if (value := getattr(cfg.model, name)) and "://" not in value and os.path.exists(value.partition("@")[0])
+            if (value := os.path.expanduser(getattr(cfg.model, name)))
+            and "://" not in value
+            and os.path.exists(value.partition("@")[0])
         }
     )
     return cfg.model_copy(
