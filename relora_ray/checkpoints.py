@@ -19,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 
 from relora_ray.checkpoint import (
@@ -353,7 +353,7 @@ def _tensor_bytes(entry: dict[str, object]) -> int:
 
 
 def _time(manifest: Manifest) -> str:
-    return datetime.fromtimestamp(manifest.unix_time, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(manifest.unix_time, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 @command

@@ -399,7 +399,7 @@ class Coordinator:
                 self._enter_in_ledger(mine, arrival)
         try:
             return await asyncio.wait_for(asyncio.shield(boundary.verdict), self._timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             missing = sorted(set(range(mine.size)) - boundary.digests.keys())
             error = f"ranks {missing} did not come to the boundary at step {arrival.step} in {self._timeout_s} s."
             if not boundary.verdict.done():
@@ -456,7 +456,7 @@ class Coordinator:
                 self._in_background(asyncio.to_thread(self._commits.prune, manifest))
         try:  # only the gathering has a time limit: a commit that has begun is waited for
             await asyncio.wait_for(save.complete.wait(), self._timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             missing = sorted(save.writers - save.shares.keys())
             if not save.outcome.done() and not save.complete.is_set():
                 error = f"no share from ranks {missing} in {self._timeout_s} s"
