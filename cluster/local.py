@@ -28,7 +28,7 @@ from pathlib import Path
 
 from cluster.daemons import Head, RayNode, S3Folder, StartError, free_port, ray_command
 from relora_ray.cli import at_least_0, command
-from relora_ray.errors import ReloraError
+from relora_ray.errors import ReloraError, RunFailedError
 from relora_ray.metrics import latest, read_kinds
 from relora_ray.status import status
 from relora_ray.storage import Storage
@@ -281,6 +281,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"there is no data in {args.data}: `make data/quickstart/index.json` prepares it", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        play(args)
+    except StartError as error:
+        raise RunFailedError(str(error)) from error
+    return 0
+
+
+def play(args: argparse.Namespace) -> None:
+    """Start everything, carry out commands, and end everything. StartError if something does not come up."""
     # In this process too: it reads what runs store, and gives notices to Ray, which looks for its token when imported.
     os.environ |= {"PLAYGROUND_KEY": secrets.token_hex(8), "PLAYGROUND_SECRET": secrets.token_hex(16)}
     head = Head(0, env={"RAY_AUTH_MODE": "token"}, dashboard_port=_port())
@@ -309,7 +318,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for _ in range(args.machines):
                 playground.do_add("")
             playground.cmdloop()
-    return 0
 
 
 def _port() -> int:

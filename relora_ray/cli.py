@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from relora_ray.errors import ConfigError, DamagedError, ReloraError
+from relora_ray.errors import ConfigError, DamagedError, ReloraError, RunFailedError
 from relora_ray.location import location_problem, shown
 from relora_ray.storage import RETRY_S, Options, Storage, add_options_argument, parse_options
 
@@ -37,7 +37,7 @@ def command(main: Main) -> Callable[..., int]:
             code = main(argv) or 0
             sys.stdout.flush()
         except ReloraError as error:
-            return say(error, 1 if isinstance(error, DamagedError) else 2)
+            return say(error, 1 if isinstance(error, (DamagedError, RunFailedError)) else 2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

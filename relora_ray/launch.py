@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from relora_ray.cli import command, say, show
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train()
     except ReloraError as error:
         return say(error, {RunBusyError: 2, ConfigError: 2, StoppedError: 143}.get(type(error), 1))
+    except OSError:  # not of a file that the user named: all those have been looked at
+        traceback.print_exc()
+        return 1
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130

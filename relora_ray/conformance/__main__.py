@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show(result: Result) -> None:
         print(f"{word[result.passed]:4}  {result.check.id:16} {result.value}  ({result.seconds:.1f} s)", flush=True)
 
+    implementation = load(args.implementation, args.configs)
     with tempfile.TemporaryDirectory(prefix="relora-ray-conformance-") as folder:
         quickstart = args.configs / "quickstart"
         data = make_data(quickstart / "austen.txt.bz2", quickstart / "tokenizer", Path(folder, "data"))
-        implementation = load(args.implementation, args.configs)
         results = run_suite(implementation, data, Path(folder), only=args.only, on_result=show)
     print(f"\n{implementation.name}\n\n{markdown(results)}")
     return 1 if any(result.passed is False for result in results) else 0

@@ -81,8 +81,7 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
     RunBusyError before anything is written, unless it is to `wait` for the other driver's end, and StoppedError after
     SIGTERM, KeyboardInterrupt after SIGINT."""
-    if not ray.is_initialized() and (address := cluster_address()):
-        refuse_if_dead(address)  # before anything is claimed
+    refuse_dead_cluster()  # before anything is claimed
     with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg):
         cfg = begin(cfg, hold.term)
         _say_what_is_missing(cfg, on_event)
@@ -167,6 +166,12 @@ def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -
             f"both may train it. Start one at a time."
         )
         on_event(log_event("driver", message))
+
+
+def refuse_dead_cluster() -> None:
+    """ConfigError if RAY_ADDRESS names a cluster that does not answer."""
+    if not ray.is_initialized() and (address := cluster_address()):
+        refuse_if_dead(address)
 
 
 @contextmanager

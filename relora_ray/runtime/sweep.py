@@ -114,6 +114,7 @@ def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
     first = first_run(sweep)
     folder = sweep_storage(first)
     workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
+    driver.refuse_dead_cluster()
     with _owning(folder), driver.connected(first.model_copy(update={"cluster": workers})):
         began = _claim(folder, sweep)
         points = {point.number: point for point in read_points(folder)}
