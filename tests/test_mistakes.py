@@ -264,6 +264,8 @@ launch {cfg} --wiat                            | unrecognized arguments: --wiat
 @ model.init_from=configs/nowhere              | there is no such
 @ model.init_from=~/nowhere@5                  | there is no such
 @ model={{huggingface:&configs/nowhere}}       | there is no such
+@ model={{huggingface:&nobodys/model}}         | there is no such folder, and the hub cannot be asked
+@ model={{huggingface:&{empty}}}               | is not a readable Hugging Face configuration
 @ model.init_from={empty}                      | model.init_from
 @ model.init_from={run}@5000                   | no checkpoint at step 5000
 launch {sweep_of_nothing}                      | sweep.space
