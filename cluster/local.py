@@ -23,11 +23,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cluster.daemons import Head, RayNode, S3Folder, StartError, free_port, ray_command
-from relora_ray.errors import ReloraError
+from relora_ray.cli import at_least_0, command
+from relora_ray.errors import ReloraError, RunFailedError
 from relora_ray.metrics import latest, read_kinds
 from relora_ray.status import status
 from relora_ray.storage import Storage
@@ -269,16 +270,26 @@ def compare(runs: list[tuple[str, Storage]], every: int = 20) -> Iterator[str]:
     yield f"{len(both)} steps; largest relative difference of two losses: {largest:.1e}"
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.local", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tour", action="store_true", help="five minutes of commands by itself, and then no prompt")
-    parser.add_argument("--machines", type=int, default=2, help="of one CPU, to begin with (with --tour: none)")
+    parser.add_argument("--machines", type=at_least_0, default=2, help="of one CPU, to begin with (with --tour: none)")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "quickstart", help="prepared text, for all runs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.data / "index.json").exists():
         print(f"there is no data in {args.data}: `make data/quickstart/index.json` prepares it", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        play(args)
+    except StartError as error:
+        raise RunFailedError(str(error)) from error
+    return 0
+
+
+def play(args: argparse.Namespace) -> None:
+    """Start everything, carry out commands, and end everything. StartError if something does not come up."""
     # In this process too: it reads what runs store, and gives notices to Ray, which looks for its token when imported.
     os.environ |= {"PLAYGROUND_KEY": secrets.token_hex(8), "PLAYGROUND_SECRET": secrets.token_hex(16)}
     head = Head(0, env={"RAY_AUTH_MODE": "token"}, dashboard_port=_port())
@@ -307,7 +318,6 @@ def main() -> int:
             for _ in range(args.machines):
                 playground.do_add("")
             playground.cmdloop()
-    return 0
 
 
 def _port() -> int:

@@ -19,7 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,9 +32,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from relora_ray import __version__
+from relora_ray.cli import at_least_1, command
 from relora_ray.config import RunConfig, Section
-from relora_ray.config_file import parse_config
-from relora_ray.errors import ConfigError, NonFiniteError, ReloraError
+from relora_ray.config_file import parse_config, parse_mapping, read_text
+from relora_ray.errors import ConfigError, DamagedError, NonFiniteError
 from relora_ray.plots import pyplot
 
 Point = dict[str, float]
@@ -127,12 +128,14 @@ def _flow(value: Any) -> str:
 
 
 def load_table(path: str) -> Table:
+    raw = parse_mapping(read_text(path), source=path)
     try:
-        return Table.model_validate(yaml.safe_load(Path(path).read_text()))
-    except OSError as error:
-        raise ConfigError(f"{path!r} cannot be read: {error.strerror}. Give a table of configs/ablations/.") from error
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"{path} is not a table of runs: {error}") from error
+        return Table.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(
+            "\n".join([f"{path} is not a table of runs, such as those of configs/ablations/:", *lines])
+        ) from None  # the cause shows values
 
 
 class Results:
@@ -142,7 +145,10 @@ class Results:
         self._path = folder / "results.json"
         self.records: dict[str, Record] = {}
         if self._path.exists():
-            self.records = {r["identity"]: r for r in json.loads(self._path.read_text())["runs"]}
+            try:
+                self.records = {r["identity"]: r for r in json.loads(self._path.read_text())["runs"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise DamagedError(f"{self._path} does not hold results. Restore it, or delete it.") from error
 
     def get(self, cfg: RunConfig) -> Record | None:
         """Runs of versions that went by the place of `model.huggingface` are known by that."""
@@ -434,22 +440,18 @@ def commit_of(checkout: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.ablations", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("table", help="a YAML of configs/ablations/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as data.path=FOLDER")
     parser.add_argument("--out", required=True, type=Path, help="folder for results.json, README.md and curves.png")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    args = parser.parse_intermixed_args()
-    try:
-        run_table(load_table(args.table), args.out, args.overrides, jobs=args.jobs)
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on")
+    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time, one thread each")
+    args = parser.parse_intermixed_args(argv)
+    run_table(load_table(args.table), args.out, args.overrides, jobs=args.jobs)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,13 +14,12 @@ RUN is a run's folder or URL. Exit codes: 0 done, 1 a checkpoint is damaged, 2 r
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from functools import partial
 
 from relora_ray.checkpoint import (
@@ -33,21 +32,22 @@ from relora_ray.checkpoint import (
     read_manifest,
 )
 from relora_ray.checkpoint.history import (
-    FORK,
     Removal,
     old_pins,
     part_folders,
+    read_origin,
     read_pins,
     release,
     removal_path,
     removals_text,
 )
-from relora_ray.checkpoint.manifest import FORMAT, MAX_BYTES, Part, StoredObject, key_of, read_record
+from relora_ray.checkpoint.manifest import FORMAT, Part, StoredObject, key_of, read_record
 from relora_ray.checkpoint.ownership import TERMS, Term, claim
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
+from relora_ray.cli import at_least_0, at_least_1, command, place
 from relora_ray.config import CheckpointConfig, RunConfig
 from relora_ray.config_file import parse_config, to_yaml
-from relora_ray.errors import ConfigError, DamagedError, ReloraError
+from relora_ray.errors import ConfigError, DamagedError
 from relora_ray.metrics import size_text
 from relora_ray.rollback import where_to_go_on
 from relora_ray.runs import CONFIG, DATA, SETUP, find_setting, read_config, write_setting
@@ -221,12 +221,8 @@ def _owners(manifests: Iterable[Manifest]) -> set[str]:
 def _release_all(run: Storage) -> None:
     """Delete all pins that this run may have in others."""
     owners = _owners(read_history(run).read_line()[0])
-    if (record := run.find(FORK, at_most=MAX_BYTES)) is not None:
-        try:
-            parent = str(json.loads(record)["parent"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedError(f"{run.url}/{FORK} does not say from which run this is a fork.") from error
-        owners |= {parent} | _owners(read_history(run.sibling(parent)).read_line()[0])
+    if (origin := read_origin(run)) is not None:
+        owners |= {origin.parent} | _owners(read_history(run.sibling(origin.parent)).read_line()[0])
     for owner in owners:
         release(run.sibling(owner), run.url.rpartition("/")[2])
 
@@ -358,10 +354,11 @@ def _tensor_bytes(entry: dict[str, object]) -> int:
 
 
 def _time(manifest: Manifest) -> str:
-    return datetime.fromtimestamp(manifest.unix_time, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(manifest.unix_time, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.checkpoints", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -376,27 +373,23 @@ def main() -> int:
         "delete": "remove a run, unless runs that were forked from it need it; without --yes only say whether",
     }
     for name, text in helps.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("run", metavar="RUN", help="a run's folder or URL")
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("run", metavar="RUN", help="a run's folder or URL")
         if name == "copy":
-            command.add_argument("out", metavar="OUT", help="folder or URL of the new run; its last part is its name")
+            sub.add_argument("out", metavar="OUT", help="folder or URL of the new run; its last part is its name")
         if name in ("show", "verify", "copy"):
             default = "all" if name == "verify" else "the newest"
-            command.add_argument("--step", type=int, default=None, help=f"a checkpoint's step; default: {default}")
+            sub.add_argument("--step", type=at_least_0, default=None, help=f"a checkpoint's step; default: {default}")
         if name == "prune":
-            command.add_argument("--keep-last", type=_positive, required=True, help="how many of the newest to keep")
-            command.add_argument("--keep-every-steps", type=int, default=0, help="also keep multiples of this")
-            command.add_argument("--yes", action="store_true", help="remove them")
+            sub.add_argument("--keep-last", type=at_least_1, required=True, help="how many of the newest to keep")
+            sub.add_argument("--keep-every-steps", type=at_least_0, default=0, help="also keep multiples of this")
+            sub.add_argument("--yes", action="store_true", help="remove them")
         if name == "delete":
-            command.add_argument("--yes", action="store_true", help="remove it")
-        add_options_argument(command)
-    args = parser.parse_args()
-    try:
-        options = parse_options(args.storage_option)
-        return _run(args, Storage(args.run, options), options)
-    except ReloraError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DamagedError) else 2
+            sub.add_argument("--yes", action="store_true", help="remove it")
+        add_options_argument(sub)
+    args = parser.parse_args(argv)
+    options = parse_options(args.storage_option)
+    return _run(args, place("RUN", args.run, options), options)
 
 
 def _run(args: argparse.Namespace, run: Storage, options: dict[str, object]) -> int:
@@ -407,7 +400,7 @@ def _run(args: argparse.Namespace, run: Storage, options: dict[str, object]) -> 
             damaged += bool(problem)
         return 1 if damaged else 0
     if args.command == "copy":
-        manifest = copy(run, Storage(args.out, options), args.step)
+        manifest = copy(run, place("OUT", args.out, options), args.step)
         print(f"wrote {args.out}: the checkpoint after step {manifest.step:,}")
         return 0
     if args.command == "own":
@@ -427,13 +420,6 @@ def _run(args: argparse.Namespace, run: Storage, options: dict[str, object]) -> 
     for line in lines():
         print(line)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

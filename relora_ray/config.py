@@ -423,7 +423,8 @@ class ClusterConfig(Section):
     max_failures: int = Field(20, ge=-1)
     """Attempts that may fail one after the other, without a checkpoint committed in between, before the run gives up;
     -1: any number. A run that gets on may fail any number of times in all. Resizes, and going back after a divergence,
-    are no failures. Before an attempt that follows one without a step there is a pause: 1, 2, 4, ... 60 s."""
+    are no failures. Before an attempt that follows one without a step there is a pause: 1, 2, 4, ... 60 s. An error
+    that another attempt would meet again ends the run at once, whatever this says: see verdict.py."""
     collective_timeout_s: int = Field(600, gt=0)
     """A collective operation that takes longer fails the attempt."""
     stall_timeout_s: int = Field(900, gt=0)

@@ -3,13 +3,19 @@
 Each message says what happened, the value, the rule and the fix. Bugs of our own are `assert`s.
 """
 
+from __future__ import annotations
+
+from typing import Literal
+
 
 class ReloraError(Exception):
     """Base of every error below."""
 
     restart_helps = False
     """Whether the same attempt, started again from the last checkpoint, may get further. If not, the driver stops
-    the run instead of using up its failures."""
+    the run instead of using up its failures. Of errors that are not ours verdict.py says it."""
+    rank: int | None = None
+    """On which rank it was met, where all ranks raise it."""
 
 
 class ConfigError(ReloraError):
@@ -70,6 +76,12 @@ class RanksDisagreeError(ReloraError):
     """Replicas that must be equal are not: silent corruption, or a bug."""
 
     restart_helps = True
+
+
+class RankFailedError(ReloraError):
+    """An error that is none of ours, told on: that of one rank to all, say. With what verdict.py said of it."""
+
+    verdict: Literal["passing", "follows", "lasting", "unknown"] = "unknown"
 
 
 class RunBusyError(ReloraError):

@@ -6,10 +6,13 @@ python -m relora_ray.export RUN OUT [--step STEP] [--dtype float32|bfloat16]
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 import torch
 
-from relora_ray.errors import ConfigError, ReloraError
+from relora_ray.cli import at_least_0, command, place
+from relora_ray.errors import ConfigError
 from relora_ray.runs import export_model, find_setting, load_trained
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
@@ -24,25 +27,22 @@ def export(run: Storage, out: Storage, *, step: int | None = None, dtype: torch.
     return trained.manifest.step
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.export", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("run", help="the run's folder or URL")
-    parser.add_argument("out", help="folder or URL to write")
-    parser.add_argument("--step", type=int, default=None, help="a checkpoint's step; default: the newest")
+    parser.add_argument("run", metavar="RUN", help="the run's folder or URL")
+    parser.add_argument("out", metavar="OUT", help="folder or URL to write")
+    parser.add_argument("--step", type=at_least_0, default=None, help="a checkpoint's step; default: the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add_options_argument(parser)
-    args = parser.parse_args()
-    try:
-        options = parse_options(args.storage_option)
-        step = export(
-            Storage(args.run, options), Storage(args.out, options), step=args.step, dtype=getattr(torch, args.dtype)
-        )
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    args = parser.parse_args(argv)
+    options = parse_options(args.storage_option)
+    run, out = place("RUN", args.run, options), place("OUT", args.out, options)
+    step = export(run, out, step=args.step, dtype=getattr(torch, args.dtype))
     print(f"wrote {args.out}: the model after step {step:,}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,16 +12,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 
+from relora_ray.cli import command, say, show
 from relora_ray.config import RunConfig
 from relora_ray.config_file import load_config
-from relora_ray.errors import ReloraError, RunBusyError, StoppedError
+from relora_ray.errors import ConfigError, ReloraError, RunBusyError, StoppedError
 from relora_ray.progress import Progress, SweepProgress
 from relora_ray.sweep.space import is_sweep, load_sweep
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m relora_ray.launch", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="YAML file: one file is one run")
     parser.add_argument(
@@ -31,25 +34,20 @@ def main() -> int:
     parser.add_argument(
         "--wait", action="store_true", help="if another driver trains the run, wait for its end, and go on from there"
     )
-    args = parser.parse_intermixed_args()
-    try:
-        cfg, train = (_prepare_sweep if is_sweep(args.config) else _prepare_run)(args)
-    except ReloraError as error:
-        return _say(error, 2)
+    args = parser.parse_intermixed_args(argv)
+    cfg, train = (_prepare_sweep if is_sweep(args.config) else _prepare_run)(args)
     if args.dry_run:
         return _dry_run(cfg)
     try:
         return train()
     except ReloraError as error:
-        return _say(error, {RunBusyError: 2, StoppedError: 143}.get(type(error), 1))
+        return say(error, {RunBusyError: 2, ConfigError: 2, StoppedError: 143}.get(type(error), 1))
+    except OSError:  # not of a file that the user named: all those have been looked at
+        traceback.print_exc()
+        return 1
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
-
-
-def _say(error: ReloraError, code: int) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    return code
 
 
 Prepared = tuple[RunConfig, Callable[[], int]]
@@ -72,7 +70,7 @@ def _prepare_run(args: argparse.Namespace) -> Prepared:
             driver.run(cfg, on_event=progress, wait=args.wait)
         finally:
             progress.close()
-        print(summary(run_storage(cfg)))
+        show(summary(run_storage(cfg)))
         return 0
 
     return cfg, train
@@ -92,8 +90,8 @@ def _prepare_sweep(args: argparse.Namespace) -> Prepared:
     def train() -> int:
         points = run_sweep(sweep, on_event=SweepProgress(sweep, sys.stdout))
         write_up(sweep, points, folder)
-        print("\n".join(page(sweep, points, [])))
-        print(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")
+        show("\n".join(page(sweep, points, [])))
+        show(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")
         return 1 if any(point.state == "failed" for point in points) else 0
 
     return first_run(sweep), train

@@ -96,20 +96,35 @@ class MetricsLog:
 
 def read_attempts(storage: Storage) -> list[tuple[str, list[Record]]]:
     """All records by attempt, the earliest attempt first, those that do not count marked. Reads the whole log. A line
-    that a crash cut short is left out."""
+    that a crash cut short is left out, and with a warning what is no record of ours."""
     paths = sorted(storage.list("metrics"), key=_segment_key)
     attempts: dict[str, list[Record]] = {}
     for path, data in zip(paths, _get_all(storage, paths), strict=True):
         records = attempts.setdefault(path.split("/")[1], [])
-        for line in data.decode().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and "kind" in record:
-                records.append(record)
+        lines = data.decode(errors="replace").splitlines()
+        found = [record for line in lines if (record := _record(line)) is not None]
+        if len(found) < len(lines) - 1:
+            logger.warning(
+                "%s/%s: %d of %d lines are no records and are left out: somebody has changed what is there",
+                storage.url,
+                path,
+                len(lines) - len(found),
+                len(lines),
+            )
+        records += found
     mark_abandoned(list(attempts.values()))
     return list(attempts.items())
+
+
+def _record(line: str) -> Record | None:
+    """A line's record, or None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if isinstance(record.get("step", 0), int) else None
 
 
 def mark_abandoned(attempts: Sequence[Sequence[Record]]) -> None:
@@ -138,7 +153,7 @@ def read_kinds(storage: Storage) -> dict[str, list[Record]]:
 
 def latest(records: Iterable[Record]) -> list[Record]:
     """Of one kind's records one per step that counts, by step: the latest attempt's."""
-    by_step = {record["step"]: record for record in records if "abandoned" not in record}
+    by_step = {record["step"]: record for record in records if "abandoned" not in record and "step" in record}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -159,9 +174,18 @@ def read(storage: Storage, kind: str) -> list[Record]:
 
 def read_pages(storage: Storage, folder: str) -> list[Record]:
     """What the coordinator wrote into restarts/ or ledger/, one object each: by step, if their names have one, and then
-    by attempt."""
-    paths = sorted(storage.list(folder), key=_page_key)
-    return [json.loads(data) for data in _get_all(storage, paths)]
+    by attempt. One that cannot be read is left out, with a warning: they tell and decide nothing."""
+    pages, paths = [], sorted(storage.list(folder), key=_page_key)
+    for path, data in zip(paths, _get_all(storage, paths), strict=True):
+        try:
+            page = json.loads(data)
+        except (ValueError, RecursionError):
+            page = None
+        if isinstance(page, dict):
+            pages.append(page)
+        else:
+            logger.warning("%s/%s is no page of ours, and is left out", storage.url, path)
+    return pages
 
 
 def _get_all(storage: Storage, paths: Sequence[str]) -> list[bytes]:

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relora_ray import errors
-from relora_ray.errors import RanksDisagreeError, ReloraError
+from relora_ray.errors import RankFailedError, RanksDisagreeError, ReloraError
+from relora_ray.verdict import in_words, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class World:
             raise error
         result, told = self.broadcast((result, _told(error)))
         if told:
-            raise _error_of(told)
+            raise _error_of(told, 0)
         return cast(T, result)
 
     def on_all(self, action: Callable[[], T]) -> T:
@@ -118,7 +119,7 @@ class World:
         if self.size > 1:
             told = [json.loads(t) for t in gather_bytes(json.dumps(_told(error)).encode(), self.size, self.device)]
             if failed := [rank for rank, t in enumerate(told) if t]:
-                raise _error_of(told[failed[0]] | {"rank": failed[0]})
+                raise _error_of(told[failed[0]], failed[0], named=True)
         return cast(T, result)
 
     def assert_same(self, digest: int, what: str) -> None:
@@ -168,23 +169,25 @@ def _attempted(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _told(error: Exception | None) -> dict[str, Any] | None:
-    """An error as JSON: one of ours keeps its class and what is known of it."""
+    """An error as JSON: one of ours keeps its class and what is known of it, of others the verdict is."""
     if error is None:
         return None
-    if not isinstance(error, ReloraError):
-        return {"kind": "", "text": f"{type(error).__name__}: {error}"}
-    marks = {name: getattr(error, name) for name in ("restart_helps", "missing", "exists") if hasattr(error, name)}
+    if getattr(errors, type(error).__name__, None) is not type(error):
+        return {"kind": "RankFailedError", "text": in_words(error), "marks": {"verdict": verdict(error)}}
+    known = ("restart_helps", "missing", "exists", "verdict")
+    marks = {name: getattr(error, name) for name in known if hasattr(error, name)}
     return {"kind": type(error).__name__, "text": str(error), "marks": marks}
 
 
-def _error_of(told: dict[str, Any]) -> Exception:
-    where = f"rank {told.get('rank', 0)}: "
-    kind = getattr(errors, told["kind"], None)
-    if not (isinstance(kind, type) and issubclass(kind, ReloraError)):
-        return RuntimeError(where + told["text"])
-    error: ReloraError = kind(where + told["text"] if "rank" in told else told["text"])
+def _error_of(told: dict[str, Any], rank: int, *, named: bool = False) -> ReloraError:
+    """What a rank has told, to be raised on all. `named`: the message says which it was, as it does of errors that are
+    not ours."""
+    kind: type[ReloraError] = getattr(errors, told["kind"])
+    named = named or kind is RankFailedError
+    error = kind(f"rank {rank}: {told['text']}" if named else told["text"])
     for name, value in told["marks"].items():
         setattr(error, name, value)
+    error.rank = rank
     return error
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shutil
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from relora_ray.config import RunConfig
@@ -22,9 +25,22 @@ class Progress:
     def __call__(self, event: dict[str, Any]) -> None:
         show = getattr(self, f"_on_{event['kind']}", None)
         if show is not None:
-            show(event)
+            with self._as_long_as_it_is_read():
+                show(event)
 
     def close(self) -> None:
+        with self._as_long_as_it_is_read():
+            self._close()
+
+    @contextlib.contextmanager
+    def _as_long_as_it_is_read(self) -> Iterator[None]:
+        """A run does not end because nobody reads its console any more."""
+        try:
+            yield
+        except BrokenPipeError:
+            self._out, self._moving, self._line_open = io.StringIO(), False, False
+
+    def _close(self) -> None:
         if self._line_open:
             self._out.write("\n")
             self._line_open = False
@@ -46,11 +62,16 @@ class Progress:
 
     def _on_train(self, e: dict[str, Any]) -> None:
         due = e["step"] % self._cfg.train.log_every_steps == 0 or e["step"] == self._cfg.last_step
-        text = (
-            f"step {e['step']:>{len(str(self._cfg.steps))}}/{self._cfg.steps}  loss {_number(e['loss'])}  "
-            f"lr {e['learning_rate']:.2e}  {_rate(e['tokens_per_s'])} tokens/s  {self._cycle(e)}  "
-            f"left {_clock(e['left_s'])}"
-        )
+        fields = {
+            "step": f"step {e['step']:>{len(str(self._cfg.steps))}}/{self._cfg.steps}",
+            "loss": f"loss {_number(e['loss'])}",
+            "lr": f"lr {e['learning_rate']:.2e}",
+            "rate": f"{_rate(e['tokens_per_s'])} tokens/s",
+            "cycle": self._cycle(e),
+            "left": f"left {_clock(e['left_s'])}",
+        }
+        # A line that wraps could not be taken back.
+        text = _fitting(fields, shutil.get_terminal_size().columns - 1) if self._moving else "  ".join(fields.values())
         if due:
             self._print(text)
         elif self._moving:
@@ -126,8 +147,9 @@ class SweepProgress:
         said = point.why
         if point.losses and not said:
             said = f"loss {point.loss():.4f} after {point.last_rung:,} updates"
-        self._out.write(f"point {point.number} ({text(point.settings)}) {point.state}: {said}\n")
-        self._out.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._out.write(f"point {point.number} ({text(point.settings)}) {point.state}: {said}\n")
+            self._out.flush()
 
 
 class _Behind(io.StringIO):
@@ -142,6 +164,16 @@ class _Behind(io.StringIO):
 
     def flush(self) -> None:
         self._out.flush()
+
+
+def _fitting(fields: dict[str, str], width: int) -> str:
+    """A line of these, without those that can best be done without where they do not all fit."""
+    kept = dict(fields)
+    for name in ("lr", "cycle", "rate", "left"):
+        if len("  ".join(kept.values())) <= width:
+            break
+        del kept[name]
+    return "  ".join(kept.values())[: max(width, 1)]
 
 
 def _number(loss: float | None) -> str:

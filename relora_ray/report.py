@@ -5,15 +5,28 @@ python -m relora_ray.report RUN
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 from relora_ray import metrics
-from relora_ray.checkpoint.history import FORK
+from relora_ray.checkpoint.history import read_origin
+from relora_ray.cli import print_about
 from relora_ray.config import RunConfig
-from relora_ray.metrics import size_text
-from relora_ray.runs import MODEL, print_about, read_config
+from relora_ray.metrics import Record, size_text
+from relora_ray.rollback import read_rollbacks, skipped
+from relora_ray.runs import MODEL, read_config
 from relora_ray.storage import Storage
+
+NEEDED: dict[str, set[str]] = {
+    "attempt": {"world_size"},
+    "train": {"step", "loss", "tokens"},
+    "eval": {"step", "loss", "perplexity"},
+    "boundary": {"step", "boundary_kind"},
+    "checkpoint": {"step", "delta_bytes", "base_bytes", "base_is_new"},
+}
+"""By kind, what is shown of a record: one without it is not ours."""
+SHOWN = 8
+"""Runs of steps that are listed."""
 
 
 def summary(storage: Storage) -> str:
@@ -23,20 +36,21 @@ def summary(storage: Storage) -> str:
 
 
 def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
-    records = metrics.read_kinds(storage)
+    kinds = metrics.read_kinds(storage)
+    records = {kind: [record for record in kinds[kind] if record.keys() >= needed] for kind, needed in NEEDED.items()}
     evals = metrics.latest(records["eval"])
     yield f"run {cfg.name} ({cfg.method.kind}), {storage.url}"
-    if (fork := storage.find(FORK)) is not None:
-        origin = json.loads(fork)
-        yield f"  forked    from {origin['parent']} after step {origin['step']:,}"
+    if (origin := read_origin(storage)) is not None:
+        yield f"  forked    from {origin.parent} after step {origin.step:,}"
     if evals:
         yield "  held-out text           loss    perplexity"
     for record in evals:
-        numbers = f"{record['loss']:7.4f}  {record['perplexity']:12.2f}"
+        numbers = f"{_number(record['loss'], 7, 4)}  {_number(record['perplexity'], 12, 2)}"
         yield f"    after step {record['step']:>7,}  {numbers}{_note(cfg, record['step'])}"
     trained = metrics.latest(records["train"])
     if trained:
         yield f"  trained   {trained[-1]['step']:,} of {cfg.steps:,} steps, {trained[-1]['tokens']:,} tokens"
+    yield from _not_made(cfg, storage, trained)
     boundaries = metrics.latest(records["boundary"])
     merges = [b["step"] for b in boundaries if b["boundary_kind"] == "merge"]
     where = " after steps " + ", ".join(f"{step:,}" for step in merges) if 0 < len(merges) < 20 else ""
@@ -56,14 +70,42 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
         yield f"  model     {storage.url}/{MODEL} (plain Hugging Face folder)"
 
 
+def _not_made(cfg: RunConfig, storage: Storage, trained: Sequence[Record]) -> Iterator[str]:
+    """Updates among the steps that count that were not made, and why; counted from 0, as train.skip_steps is."""
+    nothing = {r["step"] - 1 for r in trained if r["loss"] is None or r.get("grad_norm", 0.0) is None}
+    left_out = nothing & skipped(read_rollbacks(storage), cfg.steps).union(cfg.train.skip_steps)
+    for name, steps, why in (
+        ("skipped", nothing - left_out, "loss or gradient was not finite"),
+        ("left out", left_out, "by train.skip_steps, or after going back"),
+    ):
+        if steps:
+            yield f"  {name:9} {len(steps):,} of {len(trained):,} updates, {why}: {_spans(sorted(steps))}"
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """`[3, 4, 5, 9]` -> `3 to 5, 9`, no more than `SHOWN` of them."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    text = ", ".join(f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in spans[:SHOWN])
+    return f"{text} and more" if len(spans) > SHOWN else text
+
+
+def _number(value: float | None, width: int, digits: int) -> str:
+    """One that is not finite is null in the log."""
+    return f"{value:{width}.{digits}f}" if value is not None else f"{'n/a':>{width}}"
+
+
 def _note(cfg: RunConfig, step: int) -> str:
     notes = {0: "   before", cfg.warm_start_steps or -1: "   end of the warm start", cfg.steps: "   end"}
     return notes.get(step, "")
 
 
-def main() -> None:
-    print_about("report", __doc__.splitlines()[0], summary)
+main = print_about("report", __doc__.splitlines()[0], summary)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

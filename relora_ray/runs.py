@@ -13,12 +13,11 @@ The driver uses this before anything is spent, the loop at the start of an attem
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
@@ -43,12 +42,12 @@ from relora_ray.checkpoint.ownership import Term
 from relora_ray.config import STRUCTURAL, RunConfig, flatten, split_step
 from relora_ray.config_file import parse_config, to_yaml
 from relora_ray.data.tokens import DataIndex, read_index
-from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError, ReloraError
+from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataError
 from relora_ray.hf_export import check_exported_tokenizer, export_config, load_exported_tokenizer, write_hf_folder
 from relora_ray.methods import Method, build_method
 from relora_ray.model import build_model, check_causal, embedding_rows
 from relora_ray.reference import is_reference_folder, read_reference
-from relora_ray.storage import Options, Storage, add_options_argument, parse_options
+from relora_ray.storage import Options, Storage
 from relora_ray.weights import (
     check_function,
     check_shapes,
@@ -429,18 +428,6 @@ class Trained:
     manifest: Manifest
     architecture: Architecture | None
     """As the run has stored it, see `find_architecture`."""
-
-
-def print_about(command: str, summary: str, text: Callable[[Storage], str]) -> None:
-    """The main function of a command that is given a run and prints `text` of it."""
-    parser = argparse.ArgumentParser(prog=f"python -m relora_ray.{command}", description=summary, allow_abbrev=False)
-    parser.add_argument("run", help="the run's folder or URL")
-    add_options_argument(parser)
-    args = parser.parse_args()
-    try:
-        print(text(Storage(args.run, parse_options(args.storage_option))))
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 def load_trained(storage: Storage, step: int | None = None) -> Trained:

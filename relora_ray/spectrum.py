@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-from relora_ray.errors import ConfigError, ReloraError
+from relora_ray.cli import at_least_0, command, place
+from relora_ray.errors import ConfigError
 from relora_ray.methods.targets import block_linears
 from relora_ray.model import build_model
 from relora_ray.plots import pyplot
@@ -181,31 +183,28 @@ def _plot(runs: list[RunSpectrum], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.spectrum", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or URL")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--from", dest="from_step", type=int, help="checkpoint to start from: one step for all runs")
+    parser.add_argument("--from", dest="from_step", type=at_least_0, help="checkpoint to start from, of all runs")
     parser.add_argument("--labels", nargs="+", help="what to call the runs; default: their names")
-    parser.add_argument("--step", type=int, help="checkpoint to end at; default: each run's newest")
+    parser.add_argument("--step", type=at_least_0, help="checkpoint to end at; default: each run's newest")
     add_options_argument(parser)
-    args = parser.parse_args()
-    try:
-        pyplot()
-        if args.labels and len(args.labels) != len(args.runs):
-            raise ConfigError(f"--labels has {len(args.labels)} names for {len(args.runs)} runs. Give one for each.")
-        options = parse_options(args.storage_option)
-        runs = [run_spectrum(Storage(url, options), from_step=args.from_step, step=args.step) for url in args.runs]
-        runs = [
-            replace(run, name=label) for run, label in zip(runs, args.labels or [r.name for r in runs], strict=True)
-        ]
-        write(runs, args.out)
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    args = parser.parse_args(argv)
+    pyplot()
+    if args.labels and len(args.labels) != len(args.runs):
+        raise ConfigError(f"--labels has {len(args.labels)} names for {len(args.runs)} runs. Give one for each.")
+    options = parse_options(args.storage_option)
+    places = [place("RUN", url, options) for url in args.runs]
+    runs = [run_spectrum(run, from_step=args.from_step, step=args.step) for run in places]
+    runs = [replace(run, name=label) for run, label in zip(runs, args.labels or [r.name for r in runs], strict=True)]
+    write(runs, args.out)
     print("\n".join(table(runs)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,15 +5,17 @@ python -m relora_ray.status RUN
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from relora_ray.checkpoint import Manifest, read_history
 from relora_ray.checkpoint.ownership import PATIENCE_S, sign_of_life
+from relora_ray.cli import print_about
 from relora_ray.metrics import attempt_order
 from relora_ray.rollback import read_rollbacks
-from relora_ray.runs import find_setting, print_about
+from relora_ray.runs import find_setting
 from relora_ray.storage import Storage
 from relora_ray.tally import Tally, read_tally
 
@@ -88,9 +90,8 @@ def _age(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def main() -> None:
-    print_about("status", __doc__.splitlines()[0], lambda run: "\n".join(status(run, time.time())))
+main = print_about("status", __doc__.splitlines()[0], lambda run: "\n".join(status(run, time.time())))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

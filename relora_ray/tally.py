@@ -11,6 +11,7 @@ The page tells and decides nothing. It may be some minutes old, or lost: then th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -311,13 +312,12 @@ def read_tally(storage: Storage, head: Manifest | None) -> Tally:
 
 def replay(attempts: list[tuple[str, list[Record]]], restarts: list[Record]) -> Tally:
     """What the owner of the run would have counted. `attempts`: the records of each, the earliest first."""
-    tally, pages = Tally(), {page["attempt"]: {"kind": "restart"} | page for page in restarts}
+    tally, pages = Tally(), {str(page.get("attempt")): {"kind": "restart"} | page for page in restarts}
     metrics = dict(attempts)
     for name in sorted(metrics.keys() | pages.keys(), key=lambda name: (attempt_order(name), name)):
-        for record in metrics.get(name, []):
-            tally.add(record)
-        if name in pages:
-            tally.add(pages[name])
+        for event in [*metrics.get(name, []), *([pages[name]] if name in pages else [])]:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # somebody has changed it: it says nothing
+                tally.add(event)
     return tally
 
 

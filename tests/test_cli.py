@@ -98,7 +98,7 @@ def test_export_and_report(cfg: RunConfig, tmp_path: Path) -> None:
     assert not info["unexpected_keys"]
     assert str(next(model.parameters()).dtype) == "torch.bfloat16"
     again = command("export", url, tmp_path / "out")
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "ConfigError: " in again.stderr
     assert "holds a model already" in again.stderr
     assert "merges    3" in command("report", url).stdout

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "relora_ray"
 
 RANKS = {
-    "errors": 0, "hub": 0, "clock": 0, "masking": 0, "location": 0, "keyed": 0, "sizes": 0, "plan": 0,
-    "config": 1, "storage": 1, "data.order": 1,
+    "errors": 0, "verdict": 1, "hub": 0, "clock": 0, "masking": 0, "location": 0, "keyed": 0, "sizes": 0, "plan": 0,
+    "config": 1, "storage": 1, "cli": 2, "data.order": 1,
     "schedule": 2, "config_file": 2, "plots": 2, "architecture": 2, "optim": 2, "reference": 2, "parallel": 2,
     "token_loss": 2, "small": 2,
     "model": 2.3, "weights": 2.3, "hf_export": 2.6,

@@ -88,10 +88,12 @@ def test_errors_keep_their_class_on_every_rank(tmp_path: Any) -> None:
         assert rank["missing"][0] == "StorageError"
         assert rank["missing"][2:] == (True, True)
         assert rank["ours"] == ("SupersededError", "another has it", None, False)
-        assert rank["bug"][:2] == ("RuntimeError", "rank 0: KeyError: 'x'")
+        assert rank["bug"][0] == "RankFailedError"
+        assert rank["bug"][1].startswith("rank 0: KeyError: 'x' (in fail, ")
         assert rank["result"][:2] == ("fine", "{'rank': 0, 'paths': ['a', 'b']}")
         assert rank["on rank 1"][:2] == ("DamagedError", "rank 1: its bytes are gone")
-        assert rank["bug on rank 1"][:2] == ("RuntimeError", "rank 1: ValueError: y")
+        assert rank["bug on rank 1"][0] == "RankFailedError"
+        assert rank["bug on rank 1"][1].startswith("rank 1: ValueError: y (in fail, ")
         assert rank["both"][:2] == ("DamagedError", "rank 0: of 0")
         assert rank["broadcast"] == {"a": [1, None, 2.5, "b"]}
         assert (rank["bytes"], rank["empty"]) == (b"\x00\xff", b"")

@@ -31,10 +31,11 @@ from relora_ray.checkpoint.manifest import Counters, Manifest, Part, Rollback, S
 from relora_ray.checkpoint.ownership import refuse_if_superseded
 from relora_ray.checkpoint.parts import PartReader, read_index, write_share
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, ReloraError, StorageError
+from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, RankFailedError, ReloraError, StorageError
 from relora_ray.optim import MOMENTS, STATE_NAMES
 from relora_ray.parallel import World, bit_sums, digest, digest_of_sums
 from relora_ray.storage import Storage
+from relora_ray.verdict import in_words, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -477,7 +478,9 @@ def _first_cause(error: CheckpointException, what: str) -> Exception:
     _, (cause, _) = min(error.failures.items())
     message = f"{what}: {cause}"
     if not isinstance(cause, ReloraError):  # out of memory, say: no reason to call the checkpoint damaged
-        return RuntimeError(f"{what}: {type(cause).__name__}: {cause}")
+        failed = RankFailedError(f"{what}: {in_words(cause)}")
+        failed.verdict = verdict(cause)
+        return failed
     ours = type(cause)(message)
     ours.restart_helps = cause.restart_helps
     return ours

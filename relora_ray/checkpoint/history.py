@@ -175,6 +175,26 @@ def read_history(
     return history
 
 
+class Origin(_Record):
+    """What a fork's FORK says."""
+
+    parent: RunName
+    step: Step
+
+
+def read_origin(storage: Storage) -> Origin | None:
+    """From which run this one was forked; None if from none. DamagedError if that cannot be read."""
+    if (record := storage.find(FORK, at_most=MAX_BYTES)) is None:
+        return None
+    try:
+        return Origin.model_validate_json(record)
+    except ValidationError as error:
+        raise DamagedError(
+            f"{storage.url}/{FORK} does not say from which run this is a fork. Restore it, or write it anew: "
+            f'{{"parent": "NAME", "step": N}}.'
+        ) from error
+
+
 def list_manifests(storage: Storage) -> list[int]:
     """Steps of all checkpoints on the run's line, ascending."""
     return read_history(storage).steps

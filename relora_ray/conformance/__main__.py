@@ -10,14 +10,17 @@ import bz2
 import importlib
 import logging
 import os
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from relora_ray.cli import command
 from relora_ray.conformance.implementation import Implementation
 from relora_ray.conformance.ours import Ours
 from relora_ray.conformance.suite import CHECKS, Result, markdown, run_suite
 from relora_ray.data.prepare import Request, prepare
-from relora_ray.errors import ConfigError, ReloraError
+from relora_ray.errors import ConfigError
 
 # Bits depend on the number of threads, and two processes share a small machine.
 THREADS = "1"
@@ -52,14 +55,15 @@ def load(name: str, configs: Path) -> Implementation:
     return loaded
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.conformance", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--implementation", default="", metavar="MODULE:CLASS", help="default: relora_ray's own")
     parser.add_argument("--only", nargs="+", default=[], choices=[c.id for c in CHECKS], metavar="CHECK")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="the repository's configs/")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     os.environ["OMP_NUM_THREADS"] = THREADS
     import torch
@@ -72,18 +76,14 @@ def main() -> None:
     def show(result: Result) -> None:
         print(f"{word[result.passed]:4}  {result.check.id:16} {result.value}  ({result.seconds:.1f} s)", flush=True)
 
+    implementation = load(args.implementation, args.configs)
     with tempfile.TemporaryDirectory(prefix="relora-ray-conformance-") as folder:
-        try:
-            quickstart = args.configs / "quickstart"
-            data = make_data(quickstart / "austen.txt.bz2", quickstart / "tokenizer", Path(folder, "data"))
-            implementation = load(args.implementation, args.configs)
-            results = run_suite(implementation, data, Path(folder), only=args.only, on_result=show)
-        except (ReloraError, OSError) as error:
-            raise SystemExit(f"{type(error).__name__}: {error}") from None
+        quickstart = args.configs / "quickstart"
+        data = make_data(quickstart / "austen.txt.bz2", quickstart / "tokenizer", Path(folder, "data"))
+        results = run_suite(implementation, data, Path(folder), only=args.only, on_result=show)
     print(f"\n{implementation.name}\n\n{markdown(results)}")
-    if any(result.passed is False for result in results):
-        raise SystemExit(1)
+    return 1 if any(result.passed is False for result in results) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

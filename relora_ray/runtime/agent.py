@@ -30,8 +30,9 @@ from ray.train.backend import Backend, BackendConfig
 from relora_ray.config import ClusterConfig
 from relora_ray.config_file import parse_config
 from relora_ray.runtime import prefork
-from relora_ray.runtime.messages import Member, Start
+from relora_ray.runtime.messages import Kind, Member, Start
 from relora_ray.runtime.orders import Order
+from relora_ray.verdict import in_words, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,21 @@ class _SharedDevices(Backend):
 
 def run_agent(job: dict[str, Any]) -> None:
     """`job`: "config" (the run's YAML) and "coordinator" (its actor handle). Returns at the end of the run."""
-    coordinator = job["coordinator"]
-    cfg = parse_config(job["config"])
-    train = ray.train.get_context()
+    coordinator, train = job["coordinator"], ray.train.get_context()
+    try:
+        _serve(coordinator, job["config"], train)
+    except Exception as error:  # Ray would start the worker group again for ever, whatever it was
+        told = in_words(error), verdict(error)
+        with contextlib.suppress(ray.exceptions.RayError):
+            group, node = ray.util.get_current_placement_group(), ray.get_runtime_context().get_node_id()
+            rank = train.get_world_rank()
+            ray.get(coordinator.agent_failed.remote(group.id.hex() if group else "", rank, node, *told))
+        raise
+
+
+def _serve(coordinator: Any, config: str, train: Any) -> None:
+    """Join attempt after attempt, until the run ends."""
+    cfg = parse_config(config)
     group = ray.util.get_current_placement_group()
     assert group is not None, "Ray Train starts its workers in a placement group"
     host, step = ray.util.get_node_ip_address(), 0
@@ -87,7 +100,7 @@ def run_agent(job: dict[str, Any]) -> None:
             start: Start | None = ray.get(coordinator.join.remote(member))
             if start is None:
                 return
-            watch = _Watch(coordinator, start, cfg.cluster, job["config"], listener)
+            watch = _Watch(coordinator, start, cfg.cluster, config, listener)
         if watch.run():
             return
         step = watch.step
@@ -116,6 +129,7 @@ class _Watch:
         self.step = 0
         """The last that it saw done."""
         self._reason, self._done, self._failed = "", False, False
+        self._kind: Kind = "died"
         self._tell({"kind": "worker", "rank": start.rank, "pid": self._process.pid, "agent_pid": os.getpid()})
 
     def run(self) -> bool:
@@ -135,7 +149,7 @@ class _Watch:
                 if news is None:
                     if not self._failed:
                         reason = self._reason or _ended_how(self._process.wait())
-                        ray.get(self._coordinator.lost.remote(attempt, rank, reason, "died"))
+                        ray.get(self._coordinator.lost.remote(attempt, rank, reason, self._kind))
                     return False
                 if news.what == "stop":
                     return False
@@ -157,6 +171,8 @@ class _Watch:
                         self.step = max(self.step, args[0].get("step", 0))
                     if name == "record":
                         self._tell(args[0])
+                    elif name == prefork.RAISED:  # before it could tell by itself
+                        self._reason, self._kind = args
                     elif number:
                         pool.submit(self._answer, number, name, args)
             except (EOFError, OSError):
@@ -172,7 +188,7 @@ class _Watch:
             pass  # the process has ended meanwhile
         except Exception as error:  # the process would wait for ever
             logger.exception("%s failed", name)
-            self._reason = f"its agent could not {name}: {error}"
+            self._reason, self._kind = f"its agent could not {name}: {in_words(error)}", verdict(error)
             self._process.end()
 
     def _do(self, name: str, args: tuple[Any, ...]) -> Any:

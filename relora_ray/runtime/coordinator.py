@@ -17,7 +17,7 @@ import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import ray
@@ -74,6 +74,10 @@ class Coordinator:
         """Under way."""
         self._latest, self._num_attempts = "", 0
         """The name of the last attempt that was begun, under way or not, and how many were in this term."""
+        self._members: dict[int, Member] = {}
+        """Of that attempt."""
+        self._trained_on: set[str] = set()
+        """Machines on which attempts of this actor made a step."""
         self._cause: Cause | None = Cause("start", "the run was started")
         """Why the next attempt will begin, as soon as that is known."""
         if self._takes_over:
@@ -123,6 +127,7 @@ class Coordinator:
             self._latest = self._term.attempt(self._num_attempts)
             assert self._cause is not None, "whatever ended the attempt before has set it"
             self._attempt = _Attempt(self._latest, gathering.members, self._cause)
+            self._members = self._attempt.members
             self._cause, self._gathering = None, _Gathering()
             about = {"attempt": self._latest, "world_size": self._attempt.size, "cause": self._attempt.cause.text}
             self._tally({"kind": "begin"} | about)
@@ -157,7 +162,10 @@ class Coordinator:
         """A rank has failed, or its process is gone: the attempt is over, for all. Returns when the next may be asked
         for."""
         if kind == "lasting" and attempt == self._latest:  # also if another rank was quicker to end
-            self._give_up(reason)
+            if self._may_be_of_its_machine(self._members[rank].node):
+                kind = "unknown"
+            else:
+                self._give_up(reason)
         if (mine := self._find(attempt)) is None:
             return
         mine.lost[rank] = (reason, kind)
@@ -166,6 +174,24 @@ class Coordinator:
             await mine.until(lambda: mine.orders.order.what == "stop" or len(mine.lost) == mine.size, FIRST_S)
         await self._let_them_store(mine)
         self._end(mine)
+
+    def agent_failed(self, group: str, rank: int, node: str, reason: str, kind: Kind) -> None:
+        """An agent itself cannot go on; Ray will replace the worker group."""
+        text = f"rank {rank}: its agent: {reason}"
+        mine = self._attempt if group == self._group else None
+        others = bool(_nodes(self._gathering.members | self._members) - {node})
+        if kind == "lasting" and not (others and self._may_be_of_its_machine(node)):
+            self._give_up(reason)
+        if mine is not None:
+            self._fail(Cause("failure", text), node, error="" if kind in ("passing", "follows") else reason)
+        elif not self._fatal:  # before it had joined
+            self.warn(text)
+            self._count(False, node, others, text, reason if kind in ("lasting", "unknown") else "")
+
+    def _may_be_of_its_machine(self, node: str) -> bool:
+        """Whether an error that another attempt would meet again may be the machine's: it has other software, say, and
+        the run has trained on the others."""
+        return node not in self._trained_on and bool(_nodes(self._members) & self._trained_on)
 
     async def done(self, attempt: str, rank: int) -> bool:
         """A rank came to the end of the run; returns when all have (True) or one is lost (False)."""
@@ -218,11 +244,17 @@ class Coordinator:
         rank = next(iter(attempt.lost)) if first is None else first  # all of them say that another failed
         reason, kind = attempt.lost.get(rank) or next(iter(attempt.lost.values()))
         node = "" if first is None else attempt.members[rank].node
-        self._fail(Cause("failure", f"rank {rank}: {reason}"), node, planned=kind == "rollback")
+        text = reason if reason.startswith(f"rank {rank}: ") else f"rank {rank}: {reason}"
+        nodes = {attempt.members[r].node for r, said in attempt.lost.items() if said == (reason, kind)}
+        error = reason if kind == "unknown" else ""
+        self._fail(Cause("failure", text), node, planned=kind == "rollback", error=error, nodes=nodes)
 
-    def _fail(self, cause: Cause, node: str = "", *, planned: bool = False) -> None:
+    def _fail(
+        self, cause: Cause, node: str = "", *, planned: bool = False, error: str = "", nodes: Collection[str] = ()
+    ) -> None:
         """End the attempt under way, if there is one, and see what follows. `planned`: one that went back is no failure
-        (it is bounded by train.max_rollbacks)."""
+        (it is bounded by train.max_rollbacks). `error`: the same again and again, met on these `nodes`, is not the
+        machines' doing."""
         if (ended := self._attempt) is None:
             if self._cause is None:
                 self._cause = cause
@@ -237,15 +269,31 @@ class Coordinator:
             self._record(ended, cause.text)
         if planned or self._fatal:
             return
-        now, others = clock.monotonic(), len(_nodes(ended.members)) > 1
-        if bad := self._failures.failed(now, stepped=ended.trained, node=node, others=others):
+        others, step = len(_nodes(ended.members)) > 1, self._last_step if ended.trained else None
+        self._count(ended.trained, node, others, cause.text, error, nodes, step)
+
+    def _count(
+        self,
+        stepped: bool,
+        node: str,
+        others: bool,
+        cause: str,
+        error: str,
+        nodes: Collection[str] = (),
+        step: int | None = None,
+    ) -> None:
+        """A failure: see whether there is to be another attempt, and when. Parameters as those of `Failures.failed`."""
+        now = clock.monotonic()
+        if bad := self._failures.failed(
+            now, stepped=stepped, node=node, others=others, error=error, nodes=nodes, step=step
+        ):
             self.warn(bad)
         if too_many := self._failures.too_many():
-            self._give_up(f"{too_many}; the last: {cause.text}")
+            self._give_up(f"{too_many}; the last: {cause}")
         elif pause_s := self._failures.pause_s():
             self._not_before = now + pause_s
             count = self._failures.without_step
-            self.warn(f"{count} attempt(s) without a step, the next begins in {pause_s:.0f} s: {cause.text}")
+            self.warn(f"{count} attempt(s) without a step, the next begins in {pause_s:.0f} s: {cause}")
 
     async def _let_them_store(self, attempt: _Attempt) -> None:
         """Those that are left may be storing a checkpoint that needs nothing of those that are lost."""
@@ -351,7 +399,7 @@ class Coordinator:
                 self._enter_in_ledger(mine, arrival)
         try:
             return await asyncio.wait_for(asyncio.shield(boundary.verdict), self._timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             missing = sorted(set(range(mine.size)) - boundary.digests.keys())
             error = f"ranks {missing} did not come to the boundary at step {arrival.step} in {self._timeout_s} s."
             if not boundary.verdict.done():
@@ -408,7 +456,7 @@ class Coordinator:
                 self._in_background(asyncio.to_thread(self._commits.prune, manifest))
         try:  # only the gathering has a time limit: a commit that has begun is waited for
             await asyncio.wait_for(save.complete.wait(), self._timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             missing = sorted(save.writers - save.shares.keys())
             if not save.outcome.done() and not save.complete.is_set():
                 error = f"no share from ranks {missing} in {self._timeout_s} s"
@@ -435,6 +483,7 @@ class Coordinator:
         if event["kind"] == "train":
             if not mine.trained:
                 mine.trained = True
+                self._trained_on |= _nodes(mine.members)
                 self._record(mine)
             self._last_step, self._last_step_time = event["step"], clock.now()
 

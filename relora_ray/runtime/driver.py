@@ -39,6 +39,7 @@ from relora_ray.runs import (
     run_storage,
 )
 from relora_ray.runtime import elastic
+from relora_ray.runtime.address import cluster_address, refuse_if_dead
 from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
 from relora_ray.runtime.messages import Event, log_event
@@ -69,6 +70,8 @@ def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
             f"storage={cfg.storage!r} is relative, and a Ray job's working directory is a copy that goes away. Give an "
             f"absolute path that all machines share, or a URL."
         )
+    if not ray.is_initialized():
+        cluster_address()
     cfg = _with_absolute_paths(cfg)
     open_batches(cfg, World())
     cfg = check_run(cfg)
@@ -87,6 +90,7 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
     RunBusyError before anything is written, unless it is to `wait` for the other driver's end, and StoppedError after
     SIGTERM, KeyboardInterrupt after SIGINT."""
+    refuse_dead_cluster()  # before anything is claimed
     with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg):
         cfg = begin(cfg, hold.term)
         _say_what_is_missing(cfg, on_event)
@@ -173,6 +177,12 @@ def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -
         on_event(log_event("driver", message))
 
 
+def refuse_dead_cluster() -> None:
+    """ConfigError if RAY_ADDRESS names a cluster that does not answer."""
+    if not ray.is_initialized() and (address := cluster_address()):
+        refuse_if_dead(address)
+
+
 @contextmanager
 def connected(cfg: rc.RunConfig) -> Iterator[None]:
     """The cluster of RAY_ADDRESS (Ray jobs have it set), or else a local Ray with a slot for every worker.
@@ -184,13 +194,12 @@ def connected(cfg: rc.RunConfig) -> Iterator[None]:
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address := os.environ.get("RAY_ADDRESS"):
+    if address := cluster_address():
+        refuse_if_dead(address)
         try:
             ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise RunFailedError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}: {error} Start it, or unset it."
-            ) from error
+        except Exception as error:  # another version of Ray or Python, a token that is missing, ...
+            raise RunFailedError(f"Ray at RAY_ADDRESS={address} cannot be joined: {_in_short(error)}") from error
     else:
         wanted = cfg.cluster.workers * cfg.cluster.gpus_per_worker
         if wanted > torch.cuda.device_count():
@@ -200,11 +209,41 @@ def connected(cfg: rc.RunConfig) -> Iterator[None]:
                 f"Set RAY_ADDRESS, lower cluster.workers, or train on the CPU with cluster.gpus_per_worker=0."
             )
         needed = cfg.cluster.workers * cfg.cluster.cpus_per_worker
-        ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        try:
+            ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        except Exception as error:  # whatever it is, somebody must be told what to do
+            ray.shutdown()
+            raise ConfigError(f"no Ray can be started here: {_in_short(error)} {_advice(error)}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _in_short(error: Exception) -> str:
+    """Its class and first line, as a sentence."""
+    said = (str(error).strip().splitlines() or ["it does not say why"])[0]
+    return f"{type(error).__name__}: {said}{'' if said.endswith('.') else '.'}"
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a Ray that does not start."""
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "RAY_TMPDIR")
+    folder = os.environ.get(variable, "/tmp")
+    if "AF_UNIX" in str(error):
+        return (
+            f"Ray's sockets lie below {variable}={folder}, and the path of a socket may have 107 characters, of which "
+            f"Ray needs about 70. Set RAY_TMPDIR to a short folder, such as /tmp."
+        )
+    path = str(getattr(error, "filename", None) or "")
+    if path.startswith(os.path.expanduser("~/.ray")):
+        return (
+            f"Ray writes the token of the cluster that it starts into HOME={os.path.expanduser('~')}. Set HOME to a "
+            f"folder that can be written."
+        )
+    if path:
+        return f"Ray keeps its files below {variable}={folder}. Set RAY_TMPDIR to a folder that can be written."
+    return f"What its processes say is below {folder}/ray/session_latest/logs."
 
 
 @contextmanager
@@ -297,7 +336,7 @@ def _with_absolute_paths(cfg: rc.RunConfig) -> rc.RunConfig:
         update={
             name: os.path.abspath(value)
             for name in ("huggingface", "init_from")
-            if (value := getattr(cfg.model, name))
+            if (value := os.path.expanduser(getattr(cfg.model, name)))
             and "://" not in value
             and (os.path.exists(value) or (name == "init_from" and os.path.exists(rc.split_step(value)[0])))
         }

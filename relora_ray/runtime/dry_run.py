@@ -20,6 +20,7 @@ from relora_ray.config import RunConfig
 from relora_ray.data.tokens import DataIndex
 from relora_ray.errors import ReloraError
 from relora_ray.runs import data_storage, open_data, run_storage
+from relora_ray.runtime.address import cluster_address
 from relora_ray.runtime.driver import connected
 
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
@@ -88,7 +89,7 @@ def _machines(cfg: RunConfig) -> tuple[bool, str]:
     bundle = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     wanted = f"{cfg.min_workers}" if cfg.min_workers == cluster.workers else f"{cfg.min_workers} to {cluster.workers}"
     wanted += f" workers of {bundle['CPU']} CPU(s) and {bundle['GPU']} GPU(s)"
-    if not os.environ.get("RAY_ADDRESS"):
+    if not cluster_address():
         gpus = torch.cuda.device_count()
         text = f"{wanted}, in a local Ray: RAY_ADDRESS is not set; {os.cpu_count()} CPUs and {gpus} GPUs are here"
         return cluster.workers * bundle["GPU"] <= gpus, text

@@ -56,9 +56,9 @@ class Start:
     """Who does not know it does not meet the others."""
 
 
-Kind = Literal["", "lasting", "follows", "rollback", "died"]
-"""Of a failure. lasting: a restart cannot mend it. follows: it is another rank's. rollback: the run goes back.
-died: its process ended without a word."""
+Kind = Literal["passing", "follows", "lasting", "unknown", "rollback", "died"]
+"""Of a failure: a verdict on the error that a rank met, as in verdict.py. rollback: the run goes back. died: its
+process ended without a word."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from ray._private.services import canonicalize_bootstrap_address_or_die, get_node_ip_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2, gcs_pb2
+
+from relora_ray.cli import command, seconds
+from relora_ray.errors import ConfigError
+from relora_ray.runtime.address import knock
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +156,8 @@ def _first_look(look: Look, within_s: float = START_S) -> OSError | None:
             return None
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.runtime.notice", description=(__doc__ or "").splitlines()[0]
     )
@@ -160,14 +165,16 @@ def main() -> int:
     parser.add_argument("--address", default="auto", help="of Ray's head, host:port; found on this machine if left out")
     parser.add_argument("--ip", help="this machine's, as Ray knows it; found if left out")
     parser.add_argument("--metadata-url", help="of the cloud's metadata server; its own if left out")
-    parser.add_argument("--seconds", type=float, default=30.0, help="with 'now': until the machine is gone")
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=seconds, default=30.0, help="with 'now': until the machine is gone")
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
     def address() -> str:
         found: str = canonicalize_bootstrap_address_or_die(args.address)
         return found
 
+    if args.source == "now" and (wrong := knock(address())):
+        raise ConfigError(f"--address={args.address}: {wrong}.")
     ip = args.ip or get_node_ip_address()
     if args.source == "now":
         node_ids = nodes_of(address(), ip)

@@ -39,6 +39,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from relora_ray.verdict import in_words, verdict
+
 logger = logging.getLogger(__name__)
 
 IDLE_S = 120.0
@@ -55,6 +57,8 @@ CHECK_S = 0.05
 NUM_STARTS = 3
 """A server that ended so often before it was up will not be."""
 NUM_ADDRESSES = 16
+RAISED = "raised"
+"""A process whose function raised says (0, RAISED, (what, verdict)) on its pipe, as its last words."""
 
 _left: set[str] = set()
 """Addresses that this process does not ask again: the server hangs, or is not this user's."""
@@ -228,7 +232,7 @@ def main() -> None:
     """The server's loop."""
     listener = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2].split(","):
-        with contextlib.suppress(ImportError):  # the process that trains will say what is wrong
+        with contextlib.suppress(Exception):  # the process that trains will say what is wrong
             importlib.import_module(name)
     woken, wake = socket.socketpair()
     for end in (woken, wake):
@@ -324,8 +328,12 @@ def _become(inherited: Sequence[socket.socket | selectors.BaseSelector], pipe: C
         module, _, function = target.partition(":")
         getattr(importlib.import_module(module), function)(pipe, *args)
         code = 0
-    except BaseException:
+    except SystemExit:  # it has said why
         traceback.print_exc()
+    except BaseException as error:
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            pipe.send((0, RAISED, (in_words(error), verdict(error))))
     finally:
         try:
             sys.stderr.flush()

@@ -32,7 +32,15 @@ from relora_ray.checkpoint import list_manifests
 from relora_ray.checkpoint.history import pin
 from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
-from relora_ray.errors import ConfigError, DivergedError, ReloraError, RunBusyError, RunFailedError, StoppedError
+from relora_ray.errors import (
+    ConfigError,
+    DamagedError,
+    DivergedError,
+    ReloraError,
+    RunBusyError,
+    RunFailedError,
+    StoppedError,
+)
 from relora_ray.fork import fork, warm_start_digest
 from relora_ray.methods import build_method
 from relora_ray.runs import begin, is_run, read_config, run_storage
@@ -114,6 +122,7 @@ def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
     first = first_run(sweep)
     folder = sweep_storage(first)
     workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
+    driver.refuse_dead_cluster()
     with _owning(folder), driver.connected(first.model_copy(update={"cluster": workers})):
         began = _claim(folder, sweep)
         points = {point.number: point for point in read_points(folder)}
@@ -171,8 +180,11 @@ def _claim(folder: Storage, sweep: Sweep) -> float:
 
 
 def _refuse_another(folder: Storage, sweep: Sweep) -> float:
-    known = yaml.safe_load(folder.get(SWEEP))
-    began: float = known.pop("began")
+    try:
+        known = yaml.safe_load(folder.get(SWEEP))
+        began = float(known.pop("began"))
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder.url}/{SWEEP} does not say which sweep this is. Restore it.") from error
     # Points are numbered by the order of the space's keys: compared as text, in which order counts.
     if json.dumps(known) != json.dumps(_decisive(sweep)):
         raise ConfigError(

@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from concurrent.futures import Future
 from datetime import timedelta
 from multiprocessing import reduction
@@ -33,11 +34,10 @@ from relora_ray.metrics import Record
 from relora_ray.parallel import World
 from relora_ray.runtime.messages import Arrival, Kind, Start, log_event
 from relora_ray.runtime.orders import Order
+from relora_ray.verdict import in_words, verdict
 
 PULSE_S = 1.0
 """A trainer says so often that it lives."""
-COLLECTIVE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""In an error of a collective: another rank is gone."""
 
 
 def train(connection: Connection, config: str, start: Start, device: str) -> None:
@@ -48,12 +48,13 @@ def train(connection: Connection, config: str, start: Start, device: str) -> Non
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     link = Link(connection)
-    cfg = parse_config(config)
-    torch.set_num_threads(cfg.cluster.cpus_per_worker)
-    _forward_warnings(link, start.rank)
-    with _process_group(cfg, start, torch.device(device), listener) as world:
-        supervisor = _Agent(link, start)
+    with contextlib.ExitStack() as at_the_end:
         try:
+            cfg = parse_config(config)
+            torch.set_num_threads(cfg.cluster.cpus_per_worker)
+            _forward_warnings(link, start.rank)
+            world = at_the_end.enter_context(_process_group(cfg, start, torch.device(device), listener))
+            supervisor = _Agent(link, start)
             run_attempt(
                 cfg,
                 world,
@@ -64,18 +65,20 @@ def train(connection: Connection, config: str, start: Start, device: str) -> Non
                 cause=start.cause.text,
             )
         except BaseException as error:  # told before the group ends, which the others would report first
-            link.call("failed", f"{type(error).__name__}: {error}", _kind(error))
-            raise
+            kind = _kind(error, start.rank)
+            if kind == "lasting" and not isinstance(error, ReloraError):
+                link.tell("record", log_event(start.rank, traceback.format_exc(), "ERROR"))
+            link.call("failed", in_words(error), kind)
+            raise SystemExit(1) from error
     link.call("done")
 
 
-def _kind(error: BaseException) -> Kind:
+def _kind(error: BaseException, rank: int) -> Kind:
     if isinstance(error, RolledBackError):
         return "rollback"
-    if isinstance(error, ReloraError):
-        return "" if error.restart_helps else "lasting"
-    follows = isinstance(error, RuntimeError) and any(mark in str(error) for mark in COLLECTIVE)
-    return "follows" if follows else ""
+    if isinstance(error, ReloraError) and error.rank not in (None, rank):
+        return "follows"
+    return verdict(error)
 
 
 @contextlib.contextmanager
@@ -197,7 +200,8 @@ class _Forwarder(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or self._rank == 0:
             with contextlib.suppress(OSError):
-                self._link.tell("record", log_event(self._rank, record.getMessage(), record.levelname))
+                text = logging.Formatter().format(record)  # with the traceback, if there is one
+                self._link.tell("record", log_event(self._rank, text, record.levelname))
 
 
 def _forward_warnings(link: Link, rank: int) -> None:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relora_ray import metrics
-from relora_ray.checkpoint.history import FORK
+from relora_ray.checkpoint.history import read_origin
 from relora_ray.config import RunConfig
+from relora_ray.errors import DamagedError
 from relora_ray.storage import Storage
 from relora_ray.sweep.space import WARM, Settings, Value
 
@@ -71,11 +72,18 @@ class Point:
         return json.dumps(self.__dict__, indent=1).encode()
 
 
-def point_from_json(text: bytes) -> Point:
-    raw = json.loads(text)
-    losses = {int(rung): {int(seed): loss for seed, loss in by.items()} for rung, by in raw["losses"].items()}
-    runs = {int(seed): run for seed, run in raw["runs"].items()}
-    return Point(**raw | {"losses": losses, "runs": runs})
+def point_from_json(text: bytes, where: str = "a point's record") -> Point:
+    """DamagedError if it is none; `where` it was found."""
+    try:
+        raw = json.loads(text)
+        losses = {int(rung): {int(seed): loss for seed, loss in by.items()} for rung, by in raw["losses"].items()}
+        runs = {int(seed): run for seed, run in raw["runs"].items()}
+        return Point(**raw | {"losses": losses, "runs": runs})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{where} is not a point's record ({type(error).__name__}: {error}). Restore it, or delete it to have the "
+            f"point's runs looked at again."
+        ) from error
 
 
 def put_point(sweep: Storage, point: Point) -> None:
@@ -83,12 +91,13 @@ def put_point(sweep: Storage, point: Point) -> None:
 
 
 def read_point(sweep: Storage, number: int) -> Point:
-    return point_from_json(sweep.get(f"{POINTS}/{number:04d}.json"))
+    path = f"{POINTS}/{number:04d}.json"
+    return point_from_json(sweep.get(path), f"{sweep.url}/{path}")
 
 
 def read_points(sweep: Storage) -> list[Point]:
     """By number."""
-    return [point_from_json(sweep.get(path)) for path in sorted(sweep.list(POINTS))]
+    return [point_from_json(sweep.get(path), f"{sweep.url}/{path}") for path in sorted(sweep.list(POINTS))]
 
 
 def held_out_loss(run: Storage, step: int) -> float | None:
@@ -101,14 +110,13 @@ def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
     records = metrics.read_kinds(run)
     steps, shapes = metrics.latest(records["train"]), records["attempt"][:1] + records["boundary"]
     trainable, total = shapes[-1]["num_trainable"], shapes[-1]["num_parameters"]
-    record = run.find(FORK)
-    origin = {"parent": "", "step": 0} if record is None else json.loads(record)
+    origin = read_origin(run)
     step_s = statistics.median(record["step_s"] for record in steps)
     return {
         "steps": len(steps),
         "tokens": len(steps) * cfg.tokens_per_step,
-        "forked_at": origin["step"],
-        "forked_from": origin["parent"],
+        "forked_at": 0 if origin is None else origin.step,
+        "forked_from": "" if origin is None else origin.parent,
         "step_s": step_s,
         "tokens_per_s": cfg.tokens_per_step / step_s,
         "train_s": sum(record["step_s"] for record in steps),

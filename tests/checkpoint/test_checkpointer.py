@@ -18,12 +18,13 @@ from relora_ray.checkpoint.ownership import Term, new_driver
 from relora_ray.checkpoint.parts import read_index
 from relora_ray.checkpoints import prune, verify
 from relora_ray.config import RunConfig
-from relora_ray.errors import CheckpointError, ConfigError, DataError, NotSavedError, StorageError
+from relora_ray.errors import CheckpointError, ConfigError, DataError, NotSavedError, RankFailedError, StorageError
 from relora_ray.export import export
 from relora_ray.loop import run_attempt
 from relora_ray.parallel import World
 from relora_ray.runs import find_setting, load_trained, run_storage
 from relora_ray.storage import Storage
+from relora_ray.verdict import verdict
 from tests.test_storage import small_disk  # noqa: F401
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
@@ -126,8 +127,9 @@ def test_failure_that_is_no_damage_does_not_fall_back(interrupted: RunConfig, mo
     before = run_storage(interrupted).list("manifests")
     with monkeypatch.context() as patch:
         patch.setattr(parts_module.safetensors.torch, "load", exhausted)
-        with pytest.raises(RuntimeError, match=r"cannot load base/.*MemoryError: no memory"):
+        with pytest.raises(RankFailedError, match=r"cannot load base/.*MemoryError: no memory") as caught:
             run(interrupted)
+    assert verdict(caught.value) == "unknown", "another attempt is not refused"
     assert run_storage(interrupted).list("manifests") == before
     _, after = run(interrupted)
     assert next(r["step"] for r in after if r["kind"] == "attempt") == 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import signal
 import socket
@@ -11,11 +12,13 @@ import time
 from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from relora_ray.config import ClusterConfig
+from relora_ray.errors import ConfigError
 from relora_ray.runtime import agent
 from relora_ray.runtime.messages import Cause, Start
 from relora_ray.runtime.orders import Order
@@ -68,10 +71,15 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Coordinator, f
 def fail_and_hang(connection: Connection, *_: Any) -> None:
     """As a rank whose process group cannot be left, because another rank does not answer. It shows that it lives."""
     receive(connection)
-    connection.send((1, "failed", ("ValueError: no", "")))
+    connection.send((1, "failed", ("ValueError: no", "unknown")))
     while True:
         connection.send((0, "alive", ()))
         time.sleep(0.2)
+
+
+def break_down(connection: Connection, *_: Any) -> None:
+    """Before it could say anything."""
+    importlib.import_module("not_installed")
 
 
 def stand_still(connection: Connection, port: str, *_: Any) -> None:
@@ -104,7 +112,7 @@ def is_alive(pid: int) -> bool:
 def test_process_that_failed_is_not_waited_for(watch: Callable[..., tuple[Coordinator, float, int]]) -> None:
     """It could hang for as long as a collective may take."""
     coordinator, took_s, pid = watch(fail_and_hang)
-    assert coordinator.told("lost") == [("0001.0001-aa", 0, "ValueError: no", "")]
+    assert coordinator.told("lost") == [("0001.0001-aa", 0, "ValueError: no", "unknown")]
     assert took_s < 10
     assert not is_alive(pid)
 
@@ -114,3 +122,26 @@ def test_process_that_hangs_says_where(watch: Callable[..., tuple[Coordinator, f
     [(_, _, reason, _)] = coordinator.told("lost")
     assert reason.startswith("no step, evaluation or checkpoint for 1 s; it was in\n"), reason
     assert "in stand_still" in reason.splitlines()[1]
+
+
+def test_process_that_cannot_begin_says_why(watch: Callable[..., tuple[Coordinator, float, int]]) -> None:
+    """A module that is missing on one machine, say. What it writes to stderr is seen by nobody."""
+    coordinator, _, _ = watch(break_down)
+    [(_, _, reason, kind)] = coordinator.told("lost")
+    assert reason.startswith("ModuleNotFoundError: No module named 'not_installed' (in break_down, "), reason
+    assert kind == "lasting"
+
+
+def test_agent_that_fails_tells_before_ray_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator = Coordinator()
+    context = SimpleNamespace(get_world_rank=lambda: 1)
+    monkeypatch.setattr(agent.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(agent.ray.train, "get_context", lambda: context)
+    group = SimpleNamespace(id=SimpleNamespace(hex=lambda: "group"))
+    monkeypatch.setattr(agent.ray.util, "get_current_placement_group", lambda: group)
+    monkeypatch.setattr(agent.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    with pytest.raises(ConfigError):
+        agent.run_agent({"coordinator": coordinator, "config": "a_key_of_another_version: 1"})
+    [(group_name, rank, node, reason, kind)] = coordinator.told("agent_failed")
+    assert (group_name, rank, node, kind) == ("group", 1, "node", "lasting")
+    assert "unknown key a_key_of_another_version" in reason

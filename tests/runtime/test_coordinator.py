@@ -142,11 +142,11 @@ def test_error_that_all_ranks_see_ends_the_attempt_when_all_have_said_so(play: C
 
     async def test(coordinator: Coordinator) -> None:
         attempt = (await begin(coordinator))[0].attempt
-        first = asyncio.create_task(coordinator.lost(attempt, 1, "RanksDisagreeError: x", ""))
+        first = asyncio.create_task(coordinator.lost(attempt, 1, "RanksDisagreeError: x", "unknown"))
         await asyncio.sleep(0.1)
         assert not first.done()
         began = time.monotonic()
-        await coordinator.lost(attempt, 0, "RanksDisagreeError: x", "")
+        await coordinator.lost(attempt, 0, "RanksDisagreeError: x", "unknown")
         await first
         assert time.monotonic() - began < 0.5
 
@@ -164,6 +164,95 @@ def test_failures_are_counted_and_limited(play: Callable[..., Any]) -> None:
         assert await coordinator.join(member(0)) is None
 
     play(test, "cluster.max_failures=2")
+
+
+OOM = "OutOfMemoryError: CUDA out of memory. Tried to allocate {} MiB"
+
+
+def test_same_error_again_and_again_ends_the_run(play: Callable[..., Any]) -> None:
+    """Nobody knows whether it is the machines' doing, until it was met on another, or there is no other."""
+
+    async def test(coordinator: Coordinator) -> None:
+        for number, rank in enumerate((0, 0, 0, 0, 1)):
+            assert coordinator.fatal() == "", "it may be machine node-0"
+            starts = await begin(coordinator)
+            await coordinator.lost(starts[0].attempt, rank, OOM.format(number), "unknown")
+        assert coordinator.fatal() == (
+            "the same error ended 5 attempts in a row before they had made a step, on 2 machines: another would meet "
+            f"it again; the last: rank 1: {OOM.format(4)}"
+        )
+        assert await coordinator.join(member(0)) is None
+
+    async def test_alone(coordinator: Coordinator) -> None:
+        for number in range(3):
+            assert coordinator.fatal() == ""
+            starts = await begin(coordinator, size=1)
+            await train(coordinator, starts, 0, list(range(1, 4)))
+            await coordinator.lost(starts[0].attempt, 0, OOM.format(number), "unknown")
+        assert "ended 3 attempts in a row after step 3, on the only machine" in coordinator.fatal()
+
+    play(test)
+    play(test_alone)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "steps"),
+    [
+        (["refused"] * 6, "passing", [1] * 6),
+        (["its process was ended by SIGKILL"] * 6, "died", [1] * 6),
+        (["RuntimeError: a", "RuntimeError: b"] * 3, "unknown", [1] * 6),
+        (["RuntimeError: a"] * 6, "unknown", [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_what_may_pass_is_tried_again(play: Callable[..., Any], said: list[str], kind: Any, steps: list[int]) -> None:
+    """What only a machine or the network can cause, other errors, and the same at another step."""
+
+    async def test(coordinator: Coordinator) -> None:
+        for reason, step in zip(said, steps, strict=True):
+            starts = await begin(coordinator, size=1)
+            await train(coordinator, starts, 0, list(range(1, step + 1)))
+            await coordinator.lost(starts[0].attempt, 0, reason, kind)
+        assert coordinator.fatal() == ""
+
+    play(test)
+
+
+def test_error_of_a_machine_that_is_new_to_the_run_does_not_end_it(play: Callable[..., Any]) -> None:
+    """One without a module, say: the others have trained. It is left out like any on which attempts fail."""
+    reason = "ModuleNotFoundError: No module named 'x'"
+
+    async def test(coordinator: Coordinator) -> None:
+        await train(coordinator, await begin(coordinator), 0, [1, 2])
+        for group in "bcd":
+            starts = await begin(coordinator, 3, group)
+            await coordinator.lost(starts[0].attempt, 2, reason, "lasting")
+        assert coordinator.fatal() == ""
+        assert coordinator.bad_nodes() == ["node-2"]
+        starts = await begin(coordinator, 3, "e")
+        await coordinator.lost(starts[0].attempt, 1, reason, "lasting")
+        assert coordinator.fatal() == reason, "on a machine that has trained"
+
+    play(test)
+
+
+def test_agent_that_fails_is_counted_also_before_it_has_joined(play: Callable[..., Any]) -> None:
+    """Or Ray would start the worker group again for ever."""
+
+    async def test(coordinator: Coordinator) -> None:
+        for number in range(3):
+            assert coordinator.fatal() == ""
+            coordinator.agent_failed("a", 0, "node-0", f"OSError: no address {number}", "unknown")
+        assert "the same error ended 3 attempts in a row" in coordinator.fatal()
+        assert "the last: rank 0: its agent: OSError: no address 2" in coordinator.fatal()
+
+    async def test_lasting(coordinator: Coordinator) -> None:
+        starts = await begin(coordinator)
+        coordinator.agent_failed("a", 0, "node-0", "ConfigError: another version", "lasting")
+        assert coordinator.fatal() == "ConfigError: another version"
+        assert (await coordinator.watch(starts[0].attempt, Order())).what == "stop"
+
+    play(test)
+    play(test_lasting)
 
 
 def test_failures_of_a_run_that_gets_on_are_not_counted_together(play: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -61,7 +61,7 @@ PREEMPTED = "/computeMetadata/v1/instance/preempted"
 
 def in_seconds(seconds: float) -> tuple[float, str]:
     at = int(time.time() + seconds)
-    return at, datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return at, datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def test_notices_are_understood(metadata: Metadata) -> None:

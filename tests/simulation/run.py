@@ -356,7 +356,7 @@ class Trainer:
         except (ReloraError, RuntimeError) as error:
             if not isinstance(error, ReloraError) and "Connection closed" not in str(error):
                 raise
-            self.result, self.kind = f"{type(error).__name__}: {error}", _kind(error)
+            self.result, self.kind = f"{type(error).__name__}: {error}", _kind(error, self.start.rank)
             self._world.say(self.result)
         self._over.give()
         self._world.sleep(0.01)  # others may hear of it first
