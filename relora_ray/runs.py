@@ -82,7 +82,7 @@ def _options_for(url: str, cfg: RunConfig, own: Options | None = None) -> Option
 
 def open_data(cfg: RunConfig) -> DataIndex:
     """The index of the run's data. DataError if there is none, or not the data that the run began with."""
-    index = read_index(data_storage(cfg))
+    index = read_index(data_storage(cfg), expected=bool(cfg.data.fingerprint))
     if cfg.data.fingerprint and index.fingerprint != cfg.data.fingerprint:
         raise DataError(
             f"data.path={cfg.data.path!r} has fingerprint {index.fingerprint}, but the run needs "
@@ -139,8 +139,12 @@ def begin(cfg: RunConfig, term: Term) -> RunConfig:
     cfg, storage = check_run(cfg), run_storage(cfg)
     if not read_history(storage).paths:
         data = data_storage(cfg)  # what an export needs of it is copied, so that a run is whole without it
-        write_setting(storage, term, cfg, data.get("index.json"), {p: data.get(p) for p in data.list("tokenizer")})
+        write_setting(storage, term, cfg, data.get_expected("index.json"), _all_of(data, "tokenizer"))
     return cfg
+
+
+def _all_of(storage: Storage, folder: str) -> dict[str, bytes]:
+    return {path: storage.get_expected(path) for path in storage.list_surely(folder)}
 
 
 def write_setting(run: Storage, term: Term, cfg: RunConfig, data_index: bytes, tokenizer: Mapping[str, bytes]) -> None:
@@ -181,7 +185,7 @@ class Setting:
         """All that belongs to it."""
         if self.recorded is not None:
             return [known.path for known in self.recorded.objects]
-        return [name for name in (CONFIG, DATA) if self.place.exists(name)] + self.place.list("tokenizer")
+        return [name for name in (CONFIG, DATA) if self.place.exists(name)] + self.place.list_surely("tokenizer")
 
     def record(self) -> Setup | None:
         """For the first checkpoint to name."""
