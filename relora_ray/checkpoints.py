@@ -14,6 +14,7 @@ RUN is a run's folder or URL. Exit codes: 0 done, 1 a checkpoint is damaged, 2 r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
@@ -26,6 +27,7 @@ from relora_ray.checkpoint import (
     Commits,
     Manifest,
     Rollback,
+    Setup,
     existing_step,
     list_manifests,
     read_history,
@@ -42,15 +44,16 @@ from relora_ray.checkpoint.history import (
     removals_text,
 )
 from relora_ray.checkpoint.manifest import FORMAT, Part, StoredObject, key_of, read_record
-from relora_ray.checkpoint.ownership import TERMS, Term, claim
+from relora_ray.checkpoint.ownership import DRIVERS, TERMS, Term, claim
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
 from relora_ray.cli import at_least_0, at_least_1, command, place
 from relora_ray.config import CheckpointConfig, RunConfig
 from relora_ray.config_file import parse_config, to_yaml
-from relora_ray.errors import ConfigError, DamagedError
+from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
 from relora_ray.metrics import size_text
 from relora_ray.rollback import where_to_go_on
-from relora_ray.runs import CONFIG, DATA, SETUP, find_setting, read_config, write_setting
+from relora_ray.runs import CONFIG, DATA, SETUP, Setting, find_setting, read_config, write_setting
+from relora_ray.runtime.owner import owning
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
 logger = logging.getLogger(__name__)
@@ -111,6 +114,7 @@ def verify(run: Storage, step: int | None) -> Iterator[tuple[int, str]]:
     """Read every byte of the checkpoints (all, or one); for each its step and what is wrong with it, or "". One that
     the run's own retention removes meanwhile is left out."""
     problems: dict[str, str] = {}
+    read_config(run)  # ConfigError if it is not a run
     history = read_history(run)
     paths = [read_manifest(run, _existing(run, step)).path] if step is not None else list(history.line)
     for path, error in history.unreadable:
@@ -122,6 +126,10 @@ def verify(run: Storage, step: int | None) -> Iterator[tuple[int, str]]:
                 if part.folder not in problems:
                     problems[part.folder] = _problem(run, part)
             problem = " ".join(problem for part in parts if (problem := problems[part.folder]))
+            if (setup := history.read(path).setup) is not None:
+                if setup.folder not in problems:
+                    problems[setup.folder] = _setup_problem(run, setup)
+                problem = f"{problem} {problems[setup.folder]}".strip()
         except DamagedError as error:
             problem = str(error)
         if not problem or path in read_history(run).standing:
@@ -136,12 +144,31 @@ def _problem(run: Storage, part: Part) -> str:
     return ""
 
 
+def _setup_problem(run: Storage, setup: Setup) -> str:
+    setting = Setting(run, setup.folder, setup)
+    for name in setting.names():
+        try:
+            setting.get(name)
+        except CheckpointError as error:
+            return str(error)
+        except StorageError as error:
+            if not error.missing:
+                raise
+            return f"{setup.folder}/{name} is gone."
+    return ""
+
+
 def prune(run: Storage, *, keep_last: int, keep_every_steps: int, dry_run: bool) -> Iterator[str]:
     """Remove checkpoints beyond the newest `keep_last` and the multiples of `keep_every_steps`, and what crashed
     attempts left behind. RunBusyError if the run is being trained."""
     read_config(run)  # ConfigError if it is not a run
     # The claim first: it may wait for another driver's end, and what that one commits until then is no leftover.
-    attempt = claim(run).attempt(1) if not dry_run else Term(10**9 - 1, "0").attempt(1)
+    with contextlib.ExitStack() as stack:
+        term = Term(10**9 - 1, "0") if dry_run else stack.enter_context(owning(run)).term
+        yield from _pruned(run, term.attempt(1), keep_last, keep_every_steps, dry_run)
+
+
+def _pruned(run: Storage, attempt: str, keep_last: int, keep_every_steps: int, dry_run: bool) -> Iterator[str]:
     history = read_history(run)
     line, _ = history.read_line()
     for path in sorted({*history.line, *(path for path, _ in history.unreadable)} - {m.path for m in line}):
@@ -168,12 +195,16 @@ def delete(run: Storage, *, dry_run: bool = False) -> None:
     _refuse_if_needed(run)
     if dry_run:
         return
+    with owning(run) as hold:
+        _delete(run, hold.term.attempt(1))
+    run.delete_below(DRIVERS)
+
+
+def _delete(run: Storage, attempt: str) -> None:
     # Written down before pins are looked at again: a fork pins first, and then looks at what is written down.
-    attempt = claim(run).attempt(1)
+    commits = Commits(run, CheckpointConfig(save_every_steps=1))
     going = Removal(manifests=tuple(read_history(run).paths), folders=tuple(sorted(part_folders(run))))
-    Commits(run, CheckpointConfig(save_every_steps=1)).decide(
-        attempt, record := removal_path(attempt, 1), removals_text(going).encode()
-    )
+    commits.decide(attempt, record := removal_path(attempt, 1), removals_text(going).encode())
     try:
         _refuse_if_needed(run)
         _release_all(run)
@@ -181,12 +212,23 @@ def delete(run: Storage, *, dry_run: bool = False) -> None:
         run.delete(record)
         raise
     # What makes it a run goes last, so that one that is cut off can be begun again.
-    last, objects = [TERMS, CONFIG, SETUP], [path for path in run.list() if "/" not in path]
-    for name in sorted(run.folders(""), key=lambda name: last.index(name) if name in last else -1):
-        if name in objects:
-            run.delete(name)
-        else:
+    last, listed = [SETUP, CONFIG, TERMS], _all_but_drivers(run)
+    for _ in range(3):  # a listing may be old
+        first = {path.partition("/")[0] for path in listed} | set(run.folders("")) - {DRIVERS}
+        for name in [*sorted(first - set(last)), *last]:
+            if name == last[0]:
+                commits.fence(attempt)  # whoever owns it by now needs the rest
+            if name in listed:
+                run.delete(name)
             run.delete_below(name)
+        if not (listed := _all_but_drivers(run)):
+            return
+    raise StorageError(f"{run.url}/{listed[0]} and {len(listed) - 1} more are still there. Delete it again.")
+
+
+def _all_but_drivers(run: Storage) -> list[str]:
+    """A sign of life comes and goes while its driver is at work."""
+    return [path for path in run.list_surely("") if not path.startswith(f"{DRIVERS}/")]
 
 
 def _refuse_if_needed(run: Storage) -> None:
@@ -237,7 +279,11 @@ def own(run: Storage) -> str:
         if line and whole and not history.unreadable:  # a process may have ended before it let go
             _release_all(run)
         return f"{run.url} needs nothing of other runs."
-    attempt = claim(run).attempt(1)
+    with owning(run) as hold:
+        return _own(run, hold.term.attempt(1))
+
+
+def _own(run: Storage, attempt: str) -> str:
     paths, rollbacks, _ = where_to_go_on(run)
     head = read_record(run, paths[-1])
     if head.base is None or not head.base.run:

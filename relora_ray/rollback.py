@@ -72,7 +72,7 @@ def _before_going_back(history: History, rollbacks: Sequence[Rollback]) -> list[
     if history.head is None:
         return paths
     if history.head.format < 4:
-        manifests = [history.read(path) for path in paths]
+        manifests, _ = history.read_line()  # without those that cannot be read, and could not be restored
         return [m.path for m in manifests if not any(_abandons(r, m) for r in rollbacks)]
     to_step = min((r.to_step for r in rollbacks if r not in history.head.rollbacks), default=history.head.step)
     return [path for path, step in zip(paths, history.steps, strict=True) if step <= to_step]

@@ -86,7 +86,7 @@ def _options_for(url: str, cfg: RunConfig, own: Options | None = None) -> Option
 
 def open_data(cfg: RunConfig) -> DataIndex:
     """The index of the run's data. DataError if there is none, or not the data that the run began with."""
-    index = read_index(data_storage(cfg))
+    index = read_index(data_storage(cfg), expected=bool(cfg.data.fingerprint))
     if cfg.data.fingerprint and index.fingerprint != cfg.data.fingerprint:
         raise DataError(
             f"data.path={cfg.data.path!r} has fingerprint {index.fingerprint}, but the run needs "
@@ -200,9 +200,12 @@ def begin(cfg: RunConfig, term: Term, *, parent: Setting | None = None) -> RunCo
         forked = parent is not None and cfg.model.fingerprint
         architecture = parent.architecture() if parent is not None and forked else find_architecture(cfg)
         data = data_storage(cfg)  # what an export needs of it is copied, so that a run is whole without it
-        tokenizer = {path: data.get(path) for path in data.list("tokenizer")}
-        write_setting(storage, term, cfg, data.get("index.json"), tokenizer, architecture)
+        write_setting(storage, term, cfg, data.get_expected("index.json"), _all_of(data, "tokenizer"), architecture)
     return cfg
+
+
+def _all_of(storage: Storage, folder: str) -> dict[str, bytes]:
+    return {path: storage.get_expected(path) for path in storage.list_surely(folder)}
 
 
 def write_setting(
@@ -262,7 +265,7 @@ class Setting:
         if self.recorded is not None:
             return [known.path for known in self.recorded.objects]
         there = [name for name in (CONFIG, ARCHITECTURE, DATA) if self.place.exists(name)]
-        return there + self.place.list("tokenizer")
+        return there + self.place.list_surely("tokenizer")
 
     def record(self) -> Setup | None:
         """For the first checkpoint to name."""

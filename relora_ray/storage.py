@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 RETRY_S = 60.0
 
 _TEMPORARY = ".partial-"
+"""How the name of a file begins that is being written; a run may be called what it likes."""
 _PAUSE_S = (0.25, 8.0)
 """The first pause between two tries and the longest; each is shortened by up to half at random."""
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -62,6 +63,11 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 """How file systems without hard links answer, such as gcsfuse and other buckets that are mounted."""
 _file_systems: dict[tuple[int, str, str], Any] = {}
 """By process, kind and options: a client for every Storage would cost a tenth of a second and a connection each."""
+
+
+def is_unfinished(path: str) -> bool:
+    """Whether this is a local write that is under way or was broken off."""
+    return path.rpartition("/")[2].startswith(_TEMPORARY)
 
 
 class Storage:
@@ -153,7 +159,7 @@ class Storage:
             try:
                 self.put_new(path, b"2")
             except FileExistsError:
-                return self.get(path) == b"1"
+                return self.get_expected(path) == b"1"
             return False
         finally:
             self.delete(path)
@@ -205,19 +211,20 @@ class Storage:
         return []
 
     def size(self, path: str) -> int | None:
-        """Bytes of an object, or None if there is none."""
-        try:
-            if self.is_local:
-                return self._guard("look up", path, lambda: os.stat(self._at(path)).st_size)
-            return int(self._guard("look up", path, lambda: self._call("size", self._at(path))))
-        except StorageError as error:
-            if error.missing:
-                return None
-            raise
+        """Bytes of an object, or None if there is none: a storage that denies it is asked once more, as it may be wrong
+        in passing."""
+        for _ in range(1 if self.is_local else 2):
+            try:
+                if self.is_local:
+                    return self._guard("look up", path, lambda: os.stat(self._at(path)).st_size)
+                return int(self._guard("look up", path, lambda: self._call("size", self._at(path))))
+            except StorageError as error:
+                if not error.missing:
+                    raise
+        return None
 
     def exists(self, path: str) -> bool:
-        """A storage that denies an object is asked once more: it may be wrong in passing."""
-        return self.size(path) is not None or (not self.is_local and self.size(path) is not None)
+        return self.size(path) is not None
 
     def list(self, prefix: str = "", *, unfinished: bool = False) -> list[str]:
         """Paths of all objects below `prefix`, sorted; local writes that were broken off only if `unfinished`.
@@ -234,7 +241,7 @@ class Storage:
             base = self._root
         paths = [path[len(base) :].lstrip("/").replace(os.sep, "/") for path in found]
         # Consoles and mounts put empty objects where they show folders.
-        return sorted(path for path in paths if path[-1:] != "/" and (unfinished or _TEMPORARY not in path))
+        return sorted(p for p in paths if p[-1:] != "/" and (unfinished or not is_unfinished(p)))
 
     def folders(self, prefix: str) -> builtins.list[str]:
         """Names directly below `prefix`, sorted; nothing below them is listed."""
@@ -252,7 +259,7 @@ class Storage:
                 return []
             raise
         names = {path.rpartition("/")[2] for path in found if path != root}
-        return sorted(name for name in names if not name.startswith(_TEMPORARY))
+        return sorted(name for name in names if not is_unfinished(name))
 
     def list_surely(self, prefix: str) -> builtins.list[str]:
         """As `list`, until two answers in a row are the same: one may be old, and something is decided by this."""
@@ -277,7 +284,7 @@ class Storage:
         return self.get_expected(path, at_most=at_most)
 
     def find(self, path: str, *, at_most: int | None = None) -> bytes | None:
-        """The whole object, or None if there is none: like `exists`, a storage that denies it is asked once more."""
+        """The whole object, or None if there is none: like `size`, a storage that denies it is asked once more."""
         for _ in range(1 if self.is_local else 2):
             try:
                 return self.get(path, at_most=at_most)
@@ -301,6 +308,9 @@ class Storage:
     def delete_below(self, prefix: str) -> None:
         """Remove all objects below a folder, each by its exact name. Nothing there is no error."""
         assert prefix, "a whole storage is never removed at once"
+        if self.is_local and os.path.islink(self._at(prefix)):  # what it leads to is somebody else's
+            self.delete(prefix)
+            return
         paths = self.list(prefix, unfinished=True)
         in_parallel(self.delete, paths)
         if not self.is_local:

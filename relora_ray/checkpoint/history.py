@@ -311,12 +311,16 @@ def read_pins(storage: Storage) -> dict[str, Pin]:
 
 def old_pins(storage: Storage) -> dict[str, int]:
     """Steps whose checkpoints are kept whole for forks that were made by a version before, by the fork's name."""
-    return {
-        path.removeprefix(f"{OLD_PINS}/").removesuffix(".json"): _OldPin.model_validate_json(
-            storage.get(path, at_most=MAX_BYTES)
-        ).step
-        for path in storage.list(OLD_PINS)
-    }
+    steps = {}
+    for path in storage.list_surely(OLD_PINS):
+        if (record := storage.get_listed(path, at_most=MAX_BYTES)) is None:
+            continue
+        try:
+            found = _OldPin.model_validate_json(record)
+        except ValidationError as error:
+            raise DamagedError(f"{storage.url}/{path} is no readable pin: {error.errors()[0]['msg']}.") from error
+        steps[path.removeprefix(f"{OLD_PINS}/").removesuffix(".json")] = found.step
+    return steps
 
 
 def part_folders(storage: Storage) -> set[str]:

@@ -96,10 +96,11 @@ def claim(
     the sign of life of one that may live, when it is waited for.
     """
     mine, found = driver or new_driver(), _newest(storage)
+    before = _highest_in_names(storage)  # somebody may have removed the terms
     while True:
         _wait_until_free(storage, found, wait, waiting)
         check()
-        term = Term(found.number + 1 if found else 1, mine)
+        term = Term(max(found.number if found else 0, before) + 1, mine)
         record = {"driver": mine, "host": platform.node(), "unix_time": clock.now()}
         try:
             storage.put_new(_path(term.number), json.dumps(record).encode())
@@ -150,6 +151,8 @@ def refuse_if_superseded(storage: Storage, attempt: str, *, own: bool = True) ->
     newest = _look(storage, mine.number + 1) or _newest(storage, after=0 if own else mine.number)
     if newest is not None and _is_after(newest, mine):
         raise _superseded(storage, mine, newest)
+    if own:
+        _refuse_if_gone(storage, mine, newest)
 
 
 def refuse_if_taken_over(storage: Storage, term: Term) -> None:
@@ -157,6 +160,20 @@ def refuse_if_taken_over(storage: Storage, term: Term) -> None:
     newest = _newest(storage)
     if newest is not None and newest.driver != term.driver and _is_after(newest, term):
         raise _superseded(storage, term, newest)
+    _refuse_if_gone(storage, term, newest)
+
+
+def _refuse_if_gone(storage: Storage, mine: Term, newest: Term | None) -> None:
+    """SupersededError if what this driver owns the run by is not there any more: the folder was moved or removed, and
+    what is stored now would be part of no run."""
+    if newest is not None and newest.number >= mine.number:
+        return
+    path = _path(mine.number)
+    if storage.find(path) is None and path not in storage.list_surely(TERMS):
+        raise SupersededError(
+            f"{storage.url}/{path}, by which this driver owns the run, is gone: the run's folder was moved or removed. "
+            f"It stops now. Put the folder back and start again, or start where it is now."
+        )
 
 
 def _is_after(newest: Term, mine: Term) -> bool:
@@ -242,6 +259,15 @@ def _path(number: int) -> str:
 
 def _numbers(storage: Storage) -> list[int]:
     return [int(found[1]) for path in storage.list(TERMS) if (found := _TERM.fullmatch(path))]
+
+
+def _highest_in_names(storage: Storage) -> int:
+    """The latest term that the names of what was stored in it tell."""
+    names = [path.rpartition("/")[2].removesuffix(".json") for path in storage.list("manifests")]
+    attempts = [name.split("-", 2)[2] for name in names if name.count("-") > 2]
+    terms = [attempt_key(attempt)[0] for attempt in attempts if _ATTEMPT.fullmatch(attempt)]
+    begun = [name.partition("-")[0] for name in storage.folders("setup")]
+    return max([*terms, *(int(number) for number in begun if number.isdigit())], default=0)
 
 
 def _newest(storage: Storage, after: int = 0) -> Term | None:

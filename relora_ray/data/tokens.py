@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from relora_ray.errors import DataError, StorageError
+from relora_ray.errors import DataError
 from relora_ray.storage import Storage
 
 FORMAT = 1
@@ -69,15 +69,17 @@ class DataIndex(_Record):
         return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:16]
 
 
-def read_index(storage: Storage) -> DataIndex:
-    """DataError if there is no dataset, or none that this version reads."""
-    try:
-        raw = json.loads(storage.get("index.json"))
-    except StorageError as error:
+def read_index(storage: Storage, *, expected: bool = False) -> DataIndex:
+    """DataError if there is no dataset, or none that this version reads; StorageError if that cannot be seen now.
+    `expected`: one was there before, so that a storage that denies it is asked again."""
+    found = storage.get_expected("index.json") if expected else storage.find("index.json")
+    if found is None:
         raise DataError(
-            f"data.path={storage.url!r} has no readable index.json: {error} Write the data there first: "
+            f"data.path={storage.url!r} has no index.json. Write the data there first: "
             f"python -m relora_ray.data.prepare TEXT --out {storage.url} --tokenizer TOKENIZER."
-        ) from error
+        )
+    try:
+        raw = json.loads(found)
     except json.JSONDecodeError as error:
         raise DataError(f"{storage.url}/index.json is not JSON ({error}). Prepare the data again.") from error
     recorded = raw.pop("fingerprint", None) if isinstance(raw, dict) else None
@@ -165,7 +167,7 @@ def _cached(storage: Storage, shard: Shard) -> str:
 
 def read_shard(storage: Storage, shard: Shard) -> bytes:
     """A shard's bytes, checked against the index."""
-    data = storage.get(shard.file)
+    data = storage.get_expected(shard.file)
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise DataError(f"{storage.url}/{shard.file} is damaged: its SHA-256 is not the index's. Prepare again.")
     return data

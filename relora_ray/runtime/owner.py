@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from relora_ray.checkpoint.ownership import (
+    BEAT_CALL_S,
     BEAT_S,
     BEFORE_TERMS,
     Life,
@@ -74,13 +75,15 @@ def owning(
 
 
 def _watch(storage: Storage, life: Life, hold: Hold, ended: threading.Event) -> None:
+    # A look that takes long would keep the next sign of life from being given: others would take this one for dead.
+    patient = storage.patient(BEAT_CALL_S)
     while not ended.wait(BEAT_S):
         try:
             life.beat()
         except StorageError as error:  # one that gives no sign is taken for dead
             logger.warning("no sign of life could be stored: %s", error)
         try:
-            refuse_if_taken_over(storage, hold.term)
+            refuse_if_taken_over(patient, hold.term)
         except SupersededError as error:
             hold.lose(str(error))
             return

@@ -52,7 +52,7 @@ def test_rows_from_a_remote_file_system_are_the_same(data: Path) -> None:
 
 
 def test_missing_data_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no readable index\.json.*python -m relora_ray\.data\.prepare"):
+    with pytest.raises(DataError, match=r"has no index\.json.*python -m relora_ray\.data\.prepare"):
         read_index(Storage(str(tmp_path / "nothing")))
 
 
