@@ -255,9 +255,9 @@ launch {cfg} --wiat                            | unrecognized arguments: --wiat
 @ storage={file}                               | Not a directory
 @ storage=s3://no-such-bucket-here/runs {s3}   | The specified bucket does not exist
 @ {denied}                                     | PermissionError
-@ data.path={missing}                          | has no readable index.json
-@ data.path={file}                             | has no readable index.json
-@ data.path={empty}                            | has no readable index.json
+@ data.path={missing}                          | has no index.json
+@ data.path={file}                             | has no index.json
+@ data.path={empty}                            | has no index.json
 @ model={{huggingface:&{missing}}}             | there is no such
 @ model.init_from={missing}                    | there is no such
 @ model.init_from=./nowhere                    | there is no such
@@ -339,7 +339,7 @@ ablations {items} --out {tmp}/out              | {tmp}/run.yaml
 ablations {tabs} --out {tmp}/out               | {tmp}/run.yaml
 ablations {cfg} --out {tmp}/out                | {tmp}/run.yaml
 ablations {cfg} --out {tmp}/out --jobs 0       | argument --jobs: '0' is not a whole number of 1 or more
-ablations configs/ablations/resets.yaml --out {tmp}/out data.path={missing} | has no readable index.json
+ablations configs/ablations/resets.yaml --out {tmp}/out data.path={missing} | has no index.json
 ablations configs/ablations/resets.yaml --out {file} data.path={data} model.vocab_size=2048 | {tmp}/file
 conformance --only nothing                     | invalid choice: 'nothing'
 conformance --implementation nowhere:Theirs    | --implementation nowhere:Theirs
