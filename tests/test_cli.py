@@ -40,7 +40,7 @@ def yaml_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.path=/nowhere", "DataError: data.path='/nowhere' has no readable index.json"),
+        ("data.path=/nowhere", "DataError: data.path='/nowhere' has no index.json"),
         ("method.lora_rank=64", "ConfigError: method.lora_rank=64 is more than 32"),
         ("model.vocab_size=100", "DataError: model.vocab_size=100 is less than the 2048 token ids"),
         ("data.fingerprint=0123456789abcdef", "but the run needs 0123456789abcdef"),
