@@ -48,7 +48,7 @@ from relora_ray.checkpoint.ownership import DRIVERS, TERMS, Term, claim
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
 from relora_ray.cli import at_least_0, at_least_1, command, place
 from relora_ray.config import CheckpointConfig, RunConfig
-from relora_ray.config_file import parse_config, to_yaml
+from relora_ray.config_file import check
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
 from relora_ray.metrics import size_text
 from relora_ray.rollback import where_to_go_on
@@ -203,11 +203,12 @@ def delete(run: Storage, *, dry_run: bool = False) -> None:
 def _delete(run: Storage, attempt: str) -> None:
     # Written down before pins are looked at again: a fork pins first, and then looks at what is written down.
     commits = Commits(run, CheckpointConfig(save_every_steps=1))
+    owners = _owners_of_pins(run)  # as long as its manifests count
     going = Removal(manifests=tuple(read_history(run).paths), folders=tuple(sorted(part_folders(run))))
     commits.decide(attempt, record := removal_path(attempt, 1), removals_text(going).encode())
     try:
         _refuse_if_needed(run)
-        _release_all(run)
+        _release(run, owners)
     except BaseException:
         run.delete(record)
         raise
@@ -260,11 +261,15 @@ def _owners(manifests: Iterable[Manifest]) -> set[str]:
     return {part.run for m in manifests for part in m.parts if part.run}
 
 
-def _release_all(run: Storage) -> None:
-    """Delete all pins that this run may have in others."""
+def _owners_of_pins(run: Storage) -> set[str]:
+    """Runs in which this one may have pins."""
     owners = _owners(read_history(run).read_line()[0])
     if (origin := read_origin(run)) is not None:
         owners |= {origin.parent} | _owners(read_history(run.sibling(origin.parent)).read_line()[0])
+    return owners
+
+
+def _release(run: Storage, owners: Iterable[str]) -> None:
     for owner in owners:
         release(run.sibling(owner), run.url.rpartition("/")[2])
 
@@ -277,7 +282,7 @@ def own(run: Storage) -> str:
     line, whole = history.read_line()
     if not _owners(line):
         if line and whole and not history.unreadable:  # a process may have ended before it let go
-            _release_all(run)
+            _release(run, _owners_of_pins(run))
         return f"{run.url} needs nothing of other runs."
     with owning(run) as hold:
         return _own(run, hold.term.attempt(1))
@@ -354,10 +359,10 @@ def _copy_object(run: Storage, out: Storage, part: Part, stored: StoredObject) -
 def _at(out: Storage, cfg: RunConfig) -> RunConfig:
     """The config of the run at its new place. ConfigError if that cannot be one."""
     storage, _, name = out.url.rpartition("/")
-    overrides = [f"storage={storage}", f"name={name}"]
+    moved = cfg.model_dump(mode="json") | {"storage": storage, "name": name}
     if storage.partition("://")[0] != cfg.storage.partition("://")[0]:
-        overrides.append("storage_options={}")  # of another kind of file system
-    return parse_config(to_yaml(cfg), overrides, source=out.url)
+        moved["storage_options"] = {}  # of another kind of file system
+    return check(moved)
 
 
 def _steps(run: Storage) -> list[int]:

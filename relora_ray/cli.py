@@ -75,7 +75,19 @@ def place(name: str, url: str, options: Options, *, retry_s: float | None = None
     is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) or not url.strip()
     if is_url and (problem := location_problem(url)):
         raise ConfigError(f"{name}={shown(url)} {problem}")
-    return Storage(os.path.expanduser(url), options, retry_s=RETRY_S if retry_s is None else retry_s)
+    return Storage(url if is_url else _real(url), options, retry_s=RETRY_S if retry_s is None else retry_s)
+
+
+def _real(path: str) -> str:
+    """A folder by its own name, not by a link's: runs know each other by their folders' names, and lie side by side."""
+    path = os.path.expanduser(path)
+    real = os.path.realpath(path)
+    return path if real == os.path.abspath(path) else real
+
+
+def printable(text: str) -> str:
+    """Without what could make a terminal do something: text from storage may be anybody's."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def print_about(name: str, summary: str, text: Callable[[Storage], str]) -> Callable[..., int]:
@@ -87,7 +99,7 @@ def print_about(name: str, summary: str, text: Callable[[Storage], str]) -> Call
         parser.add_argument("run", metavar="RUN", help="the run's folder or URL")
         add_options_argument(parser)
         args = parser.parse_args(argv)
-        print(text(place("RUN", args.run, parse_options(args.storage_option), retry_s=PATIENCE_S)))
+        print(printable(text(place("RUN", args.run, parse_options(args.storage_option), retry_s=PATIENCE_S))))
 
     return main
 

@@ -12,9 +12,10 @@ config gives the warm start's updates the same rows and learning rates: `warm_st
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 
-from relora_ray.checkpoint import Checkpointer, list_manifests
+from relora_ray.checkpoint import Checkpointer, Rollback, list_manifests
 from relora_ray.checkpoint.history import FORK, pin, pin_base_only
 from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
@@ -66,6 +67,7 @@ def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:
         state = build_state(cfg, method, World(), step)
         frozen, fresh = method.frozen_names(state.model), method.fresh_names(state.model)
         position = checkpointer.take_over(manifest, parent, state.model, state.optimizer, frozen, fresh)
+        position = replace(position, rollbacks=_within(position.rollbacks, cfg.steps))
         checkpointer.save(position, state.model, state.optimizer, frozen, needed=True)
         checkpointer.close()
     except BaseException:
@@ -73,6 +75,12 @@ def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:
         raise
     pin_base_only(source, cfg.name, manifest, term.number)
     return cfg
+
+
+def _within(rollbacks: tuple[Rollback, ...], steps: int) -> tuple[Rollback, ...]:
+    """What a run of so many steps passes over, of what its parent did."""
+    kept = [r for r in rollbacks if r.skip_from < steps]
+    return tuple(r.model_copy(update={"skip_until": min(r.skip_until, steps)}) for r in kept)
 
 
 def warm_start_digest(cfg: RunConfig) -> str:

@@ -11,8 +11,8 @@ _HOSTLESS = ("file", "hdfs", "memory")
 """Schemes whose URLs may begin with a path."""
 _ACCOUNT_BEHIND = ("abfs", "abfss", "az")
 """Schemes of Azure, where container@account is no user: abfss://container@account.dfs.core.windows.net/runs."""
-_PASSWORD = re.compile(r":(?!\d{1,5}/)[^@]*@")
-"""After the scheme; what is between : and / may be a port. A password may have slashes."""
+_PASSWORD = re.compile(r":(?!\d{1,5}/[^@]*@\d+$)[^@]*@")
+"""After the scheme. A password may have slashes, and begin like a port: behind one, only a run's @STEP is none."""
 _SPECIAL = re.compile(r"[*?\[\]{}#\\]")
 
 

@@ -108,7 +108,7 @@ class Failures:
 
     def pause_s(self) -> float:
         """To wait before the next attempt: what ends before its first step may do so many times a minute."""
-        return min(MOST_PAUSE_S, 2.0 ** (self.without_step - 1)) if self.without_step else 0.0
+        return min(MOST_PAUSE_S, 2.0 ** min(self.without_step - 1, 10)) if self.without_step else 0.0
 
     def too_many(self) -> str:
         """Why the run gives up, or ""."""
