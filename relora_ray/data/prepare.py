@@ -28,6 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from relora_ray.cli import command
 from relora_ray.data.claim import Claim, claiming, refuse_if_used
 from relora_ray.data.documents import FORMATS, Reading, read_documents
 from relora_ray.data.encode import (
@@ -58,7 +59,7 @@ from relora_ray.data.tokenizer import (
     unknown_id,
 )
 from relora_ray.data.tokens import DataIndex, Split, write_index
-from relora_ray.errors import ConfigError, DataError, ReloraError
+from relora_ray.errors import ConfigError, DataError
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
 DEFAULT_FRACTION = 0.005
@@ -319,7 +320,8 @@ def _check_lost(request: Request, parts: Sequence[Part]) -> None:
         )
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m relora_ray.data.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -386,12 +388,9 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="as --storage-option, for sources where they need others than --out",
     )
-    args = vars(parser.parse_args())
+    args = vars(parser.parse_args(argv))
     args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    try:
-        prepared = prepare_with_notes(Request(**args))
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    prepared = prepare_with_notes(Request(**args))
     index = prepared.index
     for split, held in index.splits.items():
         print(
@@ -403,4 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

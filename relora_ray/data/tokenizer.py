@@ -10,9 +10,12 @@ import hashlib
 import json
 import os
 import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from relora_ray.errors import DataError, ReloraError
+from relora_ray.cli import command
+from relora_ray.errors import DataError
 from relora_ray.hub import missing
 
 END_TOKEN = "<|endoftext|>"
@@ -172,7 +175,8 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, out: str) -> None:
         json.dump(settings, file, indent=1)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     from relora_ray.data.documents import FORMATS, Reading, read_documents
     from relora_ray.data.formats import Rules
     from relora_ray.data.sources import find_sources
@@ -187,19 +191,16 @@ def main() -> None:
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--format", dest="form", choices=FORMATS, default="", help="instead of looking at the content")
     add_options_argument(parser)
-    args = parser.parse_args()
-    try:
-        options = parse_options(args.storage_option)
-        found = find_sources(args.text, form=args.form, options=lambda name: options)
-        rules = Rules(form=args.form, text_field=args.text_field)
-        texts = list(read_documents(found.sources, rules, Reading()))
-        train_tokenizer(texts, vocab_size=args.vocab_size, out=args.out)
-    except ReloraError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    args = parser.parse_args(argv)
+    options = parse_options(args.storage_option)
+    found = find_sources(args.text, form=args.form, options=lambda name: options)
+    rules = Rules(form=args.form, text_field=args.text_field)
+    texts = list(read_documents(found.sources, rules, Reading()))
+    train_tokenizer(texts, vocab_size=args.vocab_size, out=args.out)
     print(
         f"wrote {args.out}: {num_token_ids(load_tokenizer(args.out)):,} tokens from {sum(map(len, texts)):,} characters"
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

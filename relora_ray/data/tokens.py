@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from relora_ray.errors import DataError
+from relora_ray.errors import DataError, StorageError
 from relora_ray.storage import Storage
 
 FORMAT = 1
@@ -72,10 +72,16 @@ class DataIndex(_Record):
 def read_index(storage: Storage, *, expected: bool = False) -> DataIndex:
     """DataError if there is no dataset, or none that this version reads; StorageError if that cannot be seen now.
     `expected`: one was there before, so that a storage that denies it is asked again."""
-    found = storage.get_expected("index.json") if expected else storage.find("index.json")
+    found, reason = None, "has no index.json"
+    try:
+        found = storage.get_expected("index.json") if expected else storage.find("index.json")
+    except StorageError as error:
+        if not storage.is_local:
+            raise
+        reason = f"has no index.json that can be read ({error})"
     if found is None:
         raise DataError(
-            f"data.path={storage.url!r} has no index.json. Write the data there first: "
+            f"data.path={storage.url!r} {reason}. Write the data there first: "
             f"python -m relora_ray.data.prepare TEXT --out {storage.url} --tokenizer TOKENIZER."
         )
     try:
