@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 _HOSTLESS = ("file", "hdfs", "memory")
 """Schemes whose URLs may begin with a path."""
@@ -22,6 +23,7 @@ def secret_in_url(text: str) -> str:
     scheme, is_url, rest = text.partition("://")
     if not is_url:
         return ""
+    rest = unquote(rest)  # %3A and %40 are : and @
     if _PASSWORD.search(rest) or ("@" in rest.partition("/")[0] and scheme.lower() not in _ACCOUNT_BEHIND):
         return (
             "must not carry credentials in its URL: URLs are stored and shown. Use the usual environment variables, or "

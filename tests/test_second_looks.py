@@ -283,7 +283,13 @@ def test_pauses_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://AKIA:9/xyzSecretKey@minio:9000", "https://AKIA:99999/a/b@host", "s3://key:secret@bucket/run"]
+    "url",
+    [
+        "https://AKIA:9/xyzSecretKey@minio:9000",
+        "https://AKIA:99999/a/b@host",
+        "s3://key:secret@bucket/run",
+        "https://user%3Apw%40h/x",
+    ],
 )
 def test_password_that_looks_like_a_port_is_a_password(url: str) -> None:
     assert secret_in_url(url)
