@@ -116,7 +116,9 @@ class ModelConfig(Section):
     huggingface: str = ""
     """Instead of a size: a Hugging Face folder, `config.json` or hub name that gives the architecture of any
     causal language model. Its weights are not read: see `init_from`. Its content is stored when the run begins, and
-    read from there ever after: the folder may move, and hub names are looked up once."""
+    read from there ever after: the folder may move, and hub names are looked up once. A loss of the router that its
+    config asks for (output_router_logits) counts in training, as transformers has it: it is one of a micro-batch, so
+    that the result then depends on `train.micro_batch_rows` and the number of workers."""
     fingerprint: str = ""
     """Expected digest of the architecture that `huggingface` names; empty: whatever is there when the run begins, fixed
     from then on."""
