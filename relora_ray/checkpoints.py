@@ -114,7 +114,6 @@ def verify(run: Storage, step: int | None) -> Iterator[tuple[int, str]]:
     """Read every byte of the checkpoints (all, or one); for each its step and what is wrong with it, or "". One that
     the run's own retention removes meanwhile is left out."""
     problems: dict[str, str] = {}
-    read_config(run)  # ConfigError if it is not a run
     history = read_history(run)
     paths = [read_manifest(run, _existing(run, step)).path] if step is not None else list(history.line)
     for path, error in history.unreadable:
@@ -446,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, run: Storage, options: dict[str, object]) -> int:
     if args.command == "verify":
         damaged = 0
+        read_config(run)  # ConfigError if it is not a run
         for step, problem in verify(run, args.step):
             print(f"step {step:>10,}  {problem or 'every byte is as recorded'}")
             damaged += bool(problem)

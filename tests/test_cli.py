@@ -121,15 +121,16 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     start gives the undisturbed run's losses."""
     options = json.dumps(moto.options)
     storage = f"s3://{BUCKET}/driver-{os.urandom(4).hex()}"
+    length = ("steps=303", "method.merge_every_steps=6")
     command = [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
                f"storage_options={options}", "train.log_every_steps=1",
-               "steps=303", "checkpoint.save_async=true", "checkpoint.save_every_steps=15"]  # fmt: skip
+               *length, "checkpoint.save_async=true", "checkpoint.save_every_steps=15"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
         if (at := re.match(r"step +(\d+)/", line)) and int(at[1]) >= 20:
             break
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=480)
     assert second.returncode == 2, second.stderr[-2000:]
     assert "RunBusyError: " in second.stderr
     assert "is being trained by another driver" in second.stderr
@@ -144,10 +145,10 @@ def test_driver_killed_and_the_same_command_again(yaml_file: Path, data: Path, t
     ]
     said = subprocess.run(how_it_is, capture_output=True, text=True, cwd=ROOT).stdout
     assert re.search(r"saved     step \d+, \d+ s ago; \d+ steps after it are not", said), said
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=480)
     assert done.returncode == 0, done.stderr[-2000:]
     assert SECRET not in done.stdout + done.stderr
-    _, records = run(tiny_config(data, tmp_path, "steps=303", "train.log_every_steps=1"))
+    _, records = run(tiny_config(data, tmp_path, *length, "train.log_every_steps=1"))
     found = {r["step"]: r["loss"] for r in read(there, "train")}
     assert found.keys() == losses(records).keys()
     assert found == pytest.approx(losses(records), rel=1e-5)

@@ -6,10 +6,10 @@ Others are played: they write where the code under test is about to claim, read 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from relora_ray import checkpoints
 from relora_ray import fork as forks
 from relora_ray.checkpoint import Rollback, commit, list_manifests, read_history, read_manifest
 from relora_ray.checkpoint.commit import rollback_path
@@ -21,6 +21,7 @@ from relora_ray.errors import CheckpointError, ConfigError, DamagedError, Storag
 from relora_ray.fork import fork
 from relora_ray.rollback import read_rollbacks, where_to_go_on
 from relora_ray.runs import run_storage
+from relora_ray.runtime import owner
 from relora_ray.storage import Storage
 from tests.tiny import run, tiny_config
 
@@ -53,12 +54,12 @@ def test_prune_keeps_what_was_committed_before_it_owned_the_run(
     run(tiny_config(data, tmp_path, "train.stop_after_steps=6"))
     storage = run_storage(tiny_config(data, tmp_path))
 
-    def after_the_other(run_folder: Storage) -> Term:
+    def after_the_other(*args: Any, **kwargs: Any) -> Term:
         monkeypatch.undo()
         run(tiny_config(data, tmp_path, "train.stop_after_steps=9"))
-        return claim(run_folder)
+        return claim(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, "claim", after_the_other)
+    monkeypatch.setattr(owner, "claim", after_the_other)
     list(prune(storage, keep_last=1, keep_every_steps=0, dry_run=False))
     assert list_manifests(storage)[-1] == 9
     assert [problem for _, problem in verify(storage, None) if problem] == []
@@ -121,12 +122,12 @@ def test_delete_sees_a_fork_that_came_while_it_claimed(
     run(tiny_config(data, tmp_path, "name=parent", "train.stop_after_steps=6"))
     parent, child = run_storage(tiny_config(data, tmp_path, "name=parent")), tiny_config(data, tmp_path, "name=child")
 
-    def after_the_fork(run_folder: Storage) -> Term:
+    def after_the_fork(*args: Any, **kwargs: Any) -> Term:
         monkeypatch.undo()
         fork(child, "parent", 6)
-        return claim(run_folder)
+        return claim(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, "claim", after_the_fork)
+    monkeypatch.setattr(owner, "claim", after_the_fork)
     with pytest.raises(ConfigError, match="is needed by child"):
         delete(parent)
     assert [problem for _, problem in verify(run_storage(child), None)] == [""]
