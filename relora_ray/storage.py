@@ -213,15 +213,11 @@ class Storage:
     def size(self, path: str) -> int | None:
         """Bytes of an object, or None if there is none: a storage that denies it is asked once more, as it may be wrong
         in passing."""
-        for _ in range(1 if self.is_local else 2):
-            try:
-                if self.is_local:
-                    return self._guard("look up", path, lambda: os.stat(self._at(path)).st_size)
-                return int(self._guard("look up", path, lambda: self._call("size", self._at(path))))
-            except StorageError as error:
-                if not error.missing:
-                    raise
-        return None
+
+        def look() -> int:
+            return os.stat(self._at(path)).st_size if self.is_local else int(self._call("size", self._at(path)))
+
+        return self._unless_denied(lambda: self._guard("look up", path, look))
 
     def exists(self, path: str) -> bool:
         return self.size(path) is not None
@@ -285,9 +281,13 @@ class Storage:
 
     def find(self, path: str, *, at_most: int | None = None) -> bytes | None:
         """The whole object, or None if there is none: like `size`, a storage that denies it is asked once more."""
+        return self._unless_denied(lambda: self.get(path, at_most=at_most))
+
+    def _unless_denied(self, ask: Callable[[], T]) -> T | None:
+        """The answer, or None if a storage says that there is no such object: twice, where it is not a disk."""
         for _ in range(1 if self.is_local else 2):
             try:
-                return self.get(path, at_most=at_most)
+                return ask()
             except StorageError as error:
                 if not error.missing:
                     raise

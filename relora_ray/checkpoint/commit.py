@@ -35,7 +35,7 @@ from relora_ray.checkpoint.history import (
 from relora_ray.checkpoint.manifest import Manifest, Part, Rollback, key_of
 from relora_ray.checkpoint.ownership import refuse_if_superseded
 from relora_ray.config import CheckpointConfig
-from relora_ray.errors import CheckpointError, DamagedError, ReloraError, SupersededError
+from relora_ray.errors import CheckpointError, ReloraError, SupersededError
 from relora_ray.parallel import World, broadcast_bytes, gather_bytes
 from relora_ray.storage import Storage
 
@@ -195,18 +195,13 @@ class Commits:
         folders, on_line = part_folders(self._storage), {m.path for m in line}
         unreadable = {path for path, _ in history.unreadable} | (set(history.line) - on_line)
         # A pin of a version before names a step, and the run may have left the line that its fork was made on since.
-        old = []
-        for path in history.paths:
-            key = key_of(path)
-            if path not in on_line and key is not None and key[1] in old_steps:
-                try:
-                    old.append(history.read(path))
-                except DamagedError:
-                    unreadable.add(path)
+        pinned_off = {p for p in history.paths if p not in on_line and (key := key_of(p)) and key[1] in old_steps}
+        old = history.read_those(sorted(pinned_off))
+        unreadable |= pinned_off - {m.path for m in old}
         if not whole or unreadable:  # a manifest that cannot be read may name any of the others, and be restored
             folders &= needed_folders(line)
         folders -= needed_folders(old)
-        paths = [p for p in history.paths if p not in unreadable and p not in {m.path for m in old}]
+        paths = [path for path in history.paths if path not in unreadable | pinned_off]
         return plan_removal(
             line, dropped, paths, folders, pinned={f for pin in pins for f in pin.folders}, attempt=attempt
         )

@@ -132,13 +132,18 @@ class History:
 
     def read_line(self) -> tuple[list[Manifest], bool]:
         """The line's manifests that can be read, and whether that is all of them."""
+        found = self.read_those(self.line)
+        return found, len(found) == len(self.line)
+
+    def read_those(self, paths: Iterable[str]) -> list[Manifest]:
+        """Of these manifests those that can be read."""
         found = []
-        for path in self.line:
+        for path in paths:
             try:
                 found.append(self.read(path))
             except DamagedError as error:
                 logger.warning("what no manifest names is kept, because one cannot be read: %s", error)
-        return found, len(found) == len(self.line)
+        return found
 
     def _line(self) -> tuple[str, ...]:
         if self.head is None:

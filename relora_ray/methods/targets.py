@@ -166,7 +166,7 @@ def _is_linear(layer: nn.Linear | Conv1D) -> bool:
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """Linear layers inside the model's lists of blocks, at every path: not the head, not the embeddings."""
-    blocks = tuple(f"{block}." for block in _block_lists(model))
+    blocks = _blocks(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, Conv1D)) and path.startswith(blocks) and module.weight.ndim == 2:
             yield path, module
@@ -174,7 +174,7 @@ def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 
 def block_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters inside the blocks that hold a matrix for each expert, as Hugging Face's classes `...Experts` do."""
-    blocks = tuple(f"{block}." for block in _block_lists(model))
+    blocks = _blocks(model)
     for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(blocks) and "expert" in f"{path}.{type(module).__name__}".lower():
             for name, parameter in module.named_parameters(recurse=False):
@@ -182,8 +182,9 @@ def block_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{path}.{name}", parameter
 
 
-def _block_lists(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+def _blocks(model: nn.Module) -> tuple[str, ...]:
+    """How the paths of all that is in lists of blocks begin."""
+    return tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
 
 def _users(model: nn.Module) -> dict[int, set[str]]:
@@ -198,7 +199,7 @@ def _users(model: nn.Module) -> dict[int, set[str]]:
 
 def _other_matrices(model: nn.Module, found: Targets, known: set[str]) -> dict[str, str]:
     """Of the blocks, those that are neither linear layers nor stacks of experts."""
-    blocks = tuple(f"{block}." for block in _block_lists(model))
+    blocks = _blocks(model)
     return {
         name: "they are no linear layers"
         for name, parameter in model.named_parameters()
