@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
+import os
 import sys
 import time
 from collections import defaultdict
@@ -44,7 +46,7 @@ from relora_ray.checkpoint.history import (
     removals_text,
 )
 from relora_ray.checkpoint.manifest import FORMAT, Part, StoredObject, key_of, read_record
-from relora_ray.checkpoint.ownership import DRIVERS, TERMS, Term, claim
+from relora_ray.checkpoint.ownership import DRIVERS, TERMS, Term
 from relora_ray.checkpoint.parts import in_flight, read_checked, read_index
 from relora_ray.cli import at_least_0, at_least_1, command, place
 from relora_ray.config import CheckpointConfig, RunConfig
@@ -52,7 +54,17 @@ from relora_ray.config_file import check
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
 from relora_ray.metrics import size_text
 from relora_ray.rollback import where_to_go_on
-from relora_ray.runs import CONFIG, DATA, SETUP, Setting, find_setting, read_config, write_setting
+from relora_ray.runs import (
+    CONFIG,
+    COPYING,
+    DATA,
+    SETUP,
+    Setting,
+    find_setting,
+    read_config,
+    refuse_inside_run,
+    write_setting,
+)
 from relora_ray.runtime.owner import owning
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
@@ -159,7 +171,8 @@ def _setup_problem(run: Storage, setup: Setup) -> str:
 
 def prune(run: Storage, *, keep_last: int, keep_every_steps: int, dry_run: bool) -> Iterator[str]:
     """Remove checkpoints beyond the newest `keep_last` and the multiples of `keep_every_steps`, and what crashed
-    attempts left behind. RunBusyError if the run is being trained."""
+    attempts left behind. RunBusyError if the run is being trained, DamagedError if the newest is not whole: the run
+    would go on from one that is to go."""
     read_config(run)  # ConfigError if it is not a run
     # The claim first: it may wait for another driver's end, and what that one commits until then is no leftover.
     with contextlib.ExitStack() as stack:
@@ -172,6 +185,11 @@ def _pruned(run: Storage, attempt: str, keep_last: int, keep_every_steps: int, d
     line, _ = history.read_line()
     for path in sorted({*history.line, *(path for path, _ in history.unreadable)} - {m.path for m in line}):
         yield f"stays: {path} cannot be read"
+    if line and (problem := " ".join(filter(None, (_problem(run, part) for part in line[-1].parts)))):
+        raise DamagedError(
+            f"{problem} Nothing was removed: the newest checkpoint, of step {line[-1].step:,}, is not whole, and the run "
+            f"would go on from one before it. Start the run, which passes over it, and prune after its next save."
+        )
     cfg = CheckpointConfig(save_every_steps=1, keep_last=keep_last, keep_every_steps=keep_every_steps)
     sizes = {part.folder: part.size_bytes for manifest in line for part in manifest.parts if not part.run}
     commits, freed = Commits(run, cfg), 0
@@ -190,7 +208,10 @@ def _pruned(run: Storage, attempt: str, keep_last: int, keep_every_steps: int, d
 def delete(run: Storage, *, dry_run: bool = False) -> None:
     """Remove a run's folder. ConfigError if it is none or if others need what is in it, RunBusyError if it is being
     trained."""
-    read_config(run)
+    if run.is_local and os.path.islink(run.url):
+        raise ConfigError(f"{run.url} is a link. Give the run's own folder, {os.path.realpath(run.url)}.")
+    if not run.exists(COPYING):
+        read_config(run)
     _refuse_if_needed(run)
     if dry_run:
         return
@@ -315,10 +336,20 @@ def _own(run: Storage, attempt: str) -> str:
 
 def copy(run: Storage, out: Storage, step: int | None) -> Manifest:
     """Copy one checkpoint, verified on the way, with all that makes OUT a run that can be resumed and exported. If the
-    run is being trained and removes it meanwhile, the next newest is copied."""
-    if out.list():
+    run is being trained and removes it meanwhile, the next newest is copied. One that was cut off can be called again;
+    until it is done, OUT is no run. RunBusyError if another copies to OUT."""
+    if out.list() and (not out.exists(COPYING) or read_history(out).paths):
         raise ConfigError(f"{out.url} is not empty. Give a new folder, or delete it first.")
     _at(out, read_config(run))  # before anything is written
+    refuse_inside_run(out)
+    with owning(out) as hold:
+        out.put(COPYING, json.dumps({"from": run.url}).encode())
+        manifest = _copy_newest(run, out, step, hold.term)
+        out.delete(COPYING)
+    return manifest
+
+
+def _copy_newest(run: Storage, out: Storage, step: int | None, term: Term) -> Manifest:
     while True:
         paths, rollbacks, _ = where_to_go_on(run)
         existing = read_manifest(run, _existing(run, step))
@@ -326,18 +357,20 @@ def copy(run: Storage, out: Storage, step: int | None) -> Manifest:
         if manifest.path not in paths:  # the run has gone back from it
             rollbacks = tuple(r for r in rollbacks if r.number <= manifest.counters.rollbacks)
         try:
-            return _copy(run, out, manifest, rollbacks)
+            return _copy(run, out, manifest, rollbacks, term)
         except DamagedError:
             if manifest.path in read_history(run).standing:
                 raise
             logger.warning("%s was removed by the run's own retention while it was copied", manifest.path)
 
 
-def _copy(run: Storage, out: Storage, manifest: Manifest, rollbacks: tuple[Rollback, ...]) -> Manifest:
+def _copy(
+    run: Storage, out: Storage, manifest: Manifest, rollbacks: tuple[Rollback, ...], term: Term
+) -> Manifest:
     for part in manifest.parts:
         in_flight(partial(_copy_object, run, out, part), part.objects)
     rollbacks = tuple(r for r in rollbacks if r.to_step <= manifest.step)
-    setting, term = find_setting(run), claim(out)
+    setting = find_setting(run)
     tokenizer = {name: setting.get(name) for name in setting.names() if name.startswith("tokenizer/")}
     cfg = _at(out, setting.config())
     write_setting(out, term, cfg, setting.get(DATA), tokenizer, setting.architecture())

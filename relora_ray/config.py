@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from relora_ray.location import location_problem, secret_in_url, shown
-from relora_ray.masking import REFERENCE, must_be_reference
+from relora_ray.masking import LITERAL_OPTIONS, REFERENCE, must_be_reference
 from relora_ray.plan import Plan, all_values, cycle_ends, read_plan, value_at
 from relora_ray.sizes import DEFAULT_VOCAB_SIZE, LLAMA_LINEARS, LLAMA_SIZES, LlamaSize
 
@@ -67,10 +67,11 @@ def _storage_options(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(option, str) and REFERENCE.fullmatch(option):
             continue
         if must_be_reference(dotted, option):
+            variable = re.sub(r"[^A-Z0-9_]", "_", dotted.rpartition(".")[2].upper())
             raise _secret_option(
                 f"{dotted} must not be written out: the config is stored and shown, and this is no option that is "
-                f"known to hold no secret. Name an environment variable that holds it, such as {dotted}: "
-                f"$STORAGE_{re.sub(r'[^A-Z0-9_]', '_', dotted.rpartition('.')[2].upper())}."
+                f"known to hold no secret.{nearest(dotted, sorted(LITERAL_OPTIONS), 0.8)} If it is what you mean, name "
+                f"an environment variable that holds it, such as {dotted}: $STORAGE_{variable}."
             )
         if isinstance(option, str) and (problem := secret_in_url(option)):
             raise _secret_option(f"{dotted}={shown(option)} {problem}")
@@ -795,7 +796,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
     """The question "Did you mean 'x'?", a space before it, or nothing if no known name is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""

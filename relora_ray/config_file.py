@@ -50,7 +50,7 @@ def parse_mapping(text: str, overrides: list[str] | None = None, *, source: str 
     for item in overrides or []:
         _apply_override(raw, item)
     # A section whose lines are all commented out is null in YAML: it has its defaults.
-    return {str(name): value for name, value in raw.items() if value is not None}
+    return {str(name): value for name, value in raw.items() if value is not None or not _is_section(str(name))}
 
 
 def check(raw: dict[str, Any]) -> RunConfig:
@@ -110,6 +110,8 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
     dotted, equals, value = item.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override {item!r} is not of the form key=value, for example steps=300.")
+    if not value.strip():
+        raise ConfigError(f"override {dotted}= has no value. Give one, or leave it out for the one before.")
     *sections, name = dotted.split(".")
     node = raw
     for section in sections:
@@ -207,6 +209,11 @@ def _section_at(loc: list[str]) -> type[Section] | None:
             return None
         section = found[0]
     return section
+
+
+def _is_section(name: str) -> bool:
+    field = RunConfig.model_fields.get(name)
+    return field is not None and (name == "method" or get_origin(field.annotation) is dict or bool(_section_at([name])))
 
 
 def _types_in(annotation: Any) -> list[Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
+_KEEPERS = ("file", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "obs", "hdfs", "memory")
+"""Schemes of what takes whole objects and has them listed by whoever wrote them: object stores and file systems."""
 _HOSTLESS = ("file", "hdfs", "memory")
 """Schemes whose URLs may begin with a path."""
 _ACCOUNT_BEHIND = ("abfs", "abfss", "az")
@@ -53,6 +55,11 @@ def location_problem(url: str) -> str:
     scheme, path = (found[1].lower(), found[3]) if found else ("", url)
     if found and (not found[2] or not path.strip("/") or (path.startswith("/") and scheme not in _HOSTLESS)):
         return "is half a URL. Write it as scheme://bucket/prefix, such as s3://bucket/runs."
+    if scheme and scheme not in _KEEPERS:
+        return (
+            f"is of scheme {scheme}:, where objects cannot be kept: they must be written whole, listed and deleted by "
+            f"name. Use a folder, s3://, gs:// or abfss://."
+        )
     if scheme == "file" and not path.startswith("/"):
         return "is relative: a file:// URL must be absolute, such as file:///data/runs."
     if special := _SPECIAL.search(path):

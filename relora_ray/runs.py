@@ -64,6 +64,8 @@ CONFIG = "config.yaml"
 ARCHITECTURE = "architecture.json"
 DATA = "data.json"
 MODEL = "model"
+COPYING = "copying.json"
+"""In a folder to which `checkpoints copy` is yet to copy the rest. It is no run."""
 MAX_SETTING_BYTES = 2**28
 
 
@@ -118,6 +120,12 @@ def check_run(cfg: RunConfig, *, parent: Setting | None = None) -> RunConfig:
     storage = run_storage(cfg)
     history = read_history(storage)
     if not history.paths:
+        if storage.exists(COPYING):
+            raise ConfigError(
+                f"{storage.url} is a copy that was not finished. Copy again, to the same place, or remove it: python -m "
+                f"relora_ray.checkpoints delete {storage.url} --yes."
+            )
+        refuse_inside_run(storage)
         cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)
         return _with_architecture(cfg, parent)
     setting = find_setting(storage, history)
@@ -139,6 +147,16 @@ def check_run(cfg: RunConfig, *, parent: Setting | None = None) -> RunConfig:
         )
     open_data(cfg)
     return cfg
+
+
+def refuse_inside_run(storage: Storage) -> None:
+    """ConfigError if the folder lies in a run's: it would go with it."""
+    outer, _, name = storage.url.rpartition("/")
+    if outer and not outer.endswith("/") and is_run(storage.parent()):
+        raise ConfigError(
+            f"{storage.url} would lie inside a run, {outer}, and be deleted with it. Give a folder beside it, such as "
+            f"{outer.rpartition('/')[0]}/{name}."
+        )
 
 
 def _with_architecture(cfg: RunConfig, known: Setting | None) -> RunConfig:

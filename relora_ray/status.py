@@ -15,7 +15,7 @@ from relora_ray.checkpoint.ownership import PATIENCE_S, sign_of_life
 from relora_ray.cli import print_about
 from relora_ray.metrics import attempt_order
 from relora_ray.rollback import read_rollbacks
-from relora_ray.runs import find_setting
+from relora_ray.runs import MODEL, find_setting
 from relora_ray.storage import Storage
 from relora_ray.tally import Tally, read_tally
 
@@ -28,6 +28,8 @@ def status(storage: Storage, now: float) -> Iterator[str]:
     finished = newest is not None and newest.step >= cfg.steps
     alive = life is not None and now - life.get("unix_time", 0.0) <= PATIENCE_S
     yield f"run {cfg.name}: {_state(life, alive, finished, now)}"
+    if finished and not alive and not storage.exists(f"{MODEL}/config.json"):
+        yield "  export    the model is not exported: start the run again, and it is, or says what is wrong"
     reached = _reached(tally, newest)
     yield f"  step      {reached:,} of {cfg.steps:,}"
     if tally.attempts:

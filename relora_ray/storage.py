@@ -95,6 +95,10 @@ class Storage:
         """The same storage below `path`, on the same connections."""
         return self._moved(lambda here: f"{here}/{path}")
 
+    def parent(self) -> Storage:
+        """The folder above, on the same connections."""
+        return self._moved(lambda here: here.rpartition("/")[0])
+
     def sibling(self, name: str) -> Storage:
         """The folder `name` beside this one, on the same connections."""
         return self._moved(lambda here: f"{here.rpartition('/')[0]}/{name}")

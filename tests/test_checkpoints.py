@@ -17,7 +17,7 @@ from relora_ray.checkpoint import list_manifests, ownership, read_manifest
 from relora_ray.checkpoint.manifest import Part, StoredObject
 from relora_ray.checkpoint.ownership import Life, claim
 from relora_ray.config import RunConfig
-from relora_ray.errors import CheckpointError, DamagedError, StorageError
+from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
 from relora_ray.export import export
 from relora_ray.fork import fork
 from relora_ray.runs import Setting, check_run, export_model, find_setting, load_trained, read_config, run_storage
@@ -116,6 +116,29 @@ def test_prune_removes_what_attempts_before_it_left_behind(cfg: RunConfig, cli) 
     assert list_manifests(storage) == [9, 12], "and those of the last two boundaries"
 
 
+def test_prune_keeps_the_older_ones_while_the_newest_is_damaged(cfg: RunConfig, cli) -> None:
+    run(cfg)
+    storage = run_storage(cfg)
+    path, before = damage(storage, 12), storage.list()
+    code, text = cli("prune", storage.url, "--keep-last", 1, "--yes")
+    assert (code, storage.list("manifests")) == (1, [p for p in before if p.startswith("manifests/")])
+    assert path in text
+    assert "step 12, is not whole" in text
+
+
+def test_note_among_the_pins_is_no_pin(cfg: RunConfig, cli) -> None:
+    run(cfg)
+    storage = run_storage(cfg)
+    storage.put("pins/readme", b"do not touch")
+    storage.put("forks/readme.txt", b"do not touch")
+    assert cli("prune", storage.url, "--keep-last", 1, "--yes")[0] == 0
+    assert list_manifests(storage) == [9, 12]
+    storage.put("pins/child.0.json", b"cut o")
+    code, text = cli("prune", storage.url, "--keep-last", 1, "--yes")
+    assert code == 1
+    assert "pins/child.0.json is no readable pin" in text
+
+
 @pytest.mark.parametrize("command", [("prune", "--keep-last", 1, "--yes"), ("own",), ("delete", "--yes")])
 def test_run_that_is_being_trained_is_left_alone(
     cfg: RunConfig, cli, monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...], data: Path
@@ -146,9 +169,12 @@ def test_checkpoint_that_is_removed_while_it_is_read_is_not_called_damaged(
 
     def read_late(run: Storage, part: Part, stored: StoredObject) -> bytes:
         with lock:
-            if part.folder.startswith(late) and keep_last["delta"]:
-                list(checkpoints.prune(storage, keep_last=keep_last.pop("delta"), keep_every_steps=0, dry_run=False))
+            number = keep_last["delta"] if part.folder.startswith(late) else 0
+            if number:
                 keep_last["delta"] = 0
+                monkeypatch.setattr(checkpoints, "read_checked", original)  # pruning reads, too
+                list(checkpoints.prune(storage, keep_last=number, keep_every_steps=0, dry_run=False))
+                monkeypatch.setattr(checkpoints, "read_checked", read_late)
         return original(run, part, stored)
 
     monkeypatch.setattr(checkpoints, "read_checked", read_late)
@@ -232,6 +258,53 @@ def test_copy_refuses_damage(cfg: RunConfig, tmp_path: Path, cli) -> None:
     assert code == 1
     assert path in text
     assert list_manifests(Storage(str(tmp_path / "copy"))) == []
+
+
+@pytest.mark.parametrize("then", ["copy", "delete"])
+def test_copy_that_was_cut_off_is_no_run_and_is_copied_again_or_removed(
+    cfg: RunConfig, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    run(cfg)
+    out, left, own = Storage(f"{tmp_path}/other/copy"), [3], Storage.put
+
+    def put(self: Storage, path: str, data: bytes) -> None:
+        if self.url == out.url and path.startswith(("base/", "delta/")):
+            left[0] -= 1
+            if left[0] < 0:
+                raise StorageError("the disk is full")
+        own(self, path, data)
+
+    monkeypatch.setattr(Storage, "put", put)
+    assert cli("copy", run_storage(cfg).url, out.url)[0] == 2
+    monkeypatch.undo()
+    moved = cfg.model_copy(update={"storage": f"{tmp_path}/other", "name": "copy"})
+    with pytest.raises(ConfigError, match="is a copy that was not finished"):
+        check_run(moved)
+    args = [run_storage(cfg).url, out.url] if then == "copy" else [out.url, "--yes"]
+    code, text = cli(then, *args)
+    assert code == 0, text
+    if then == "copy":
+        assert cli("verify", out.url)[0] == 0
+        assert list_manifests(out) == [12]
+        assert not [path for path in out.list() if "copying" in path]
+    else:
+        assert out.list() == []
+
+
+def test_run_inside_a_run_is_refused(done: RunConfig, cli) -> None:
+    url = run_storage(done).url
+    code, text = cli("copy", url, f"{url}/copy")
+    assert code == 2
+    assert "would lie inside a run" in text
+    with pytest.raises(ConfigError, match="would lie inside a run"):
+        check_run(done.model_copy(update={"storage": url, "name": "inner"}))
+
+
+def test_link_to_a_run_is_not_deleted(done: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run_storage(done).url)
+    with pytest.raises(ConfigError, match=r"is a link\. Give the run's own folder"):
+        checkpoints.delete(Storage(str(tmp_path / "link")))
+    assert list_manifests(run_storage(done))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from relora_ray.sizes import LLAMA_SIZES
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("ablations", "sweeps"))
 
 
@@ -221,6 +222,25 @@ def test_options_that_hold_no_secret_may_be_written_out() -> None:
         "config_kwargs": {"read_timeout": 5.5, "s3": {"addressing_style": "path"}},
     }
     assert parse_config(TINY, [f"storage_options={json.dumps(options)}"]).storage_options == options
+
+
+def test_misspelt_option_is_called_that() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'endpoint_url'\?") as found:
+        load_config(QUICKSTART, ["storage_options.endpont_url=http://minio:9000"])
+    assert "minio" not in str(found.value)
+
+
+@pytest.mark.parametrize("item", ["storage=", "name= ", "method.lora_rank="])
+def test_override_without_a_value_is_refused(item: str) -> None:
+    with pytest.raises(ConfigError, match="has no value"):
+        load_config(QUICKSTART, [item])
+
+
+def test_section_without_lines_has_its_defaults_and_a_key_without_a_value_is_refused() -> None:
+    text = QUICKSTART.read_text().replace("storage: runs\n", "")
+    assert parse_config(text + "\nstorage_options:\n") == parse_config(text)
+    with pytest.raises(ConfigError, match="storage=None: input should be a valid string"):
+        parse_config(text + "\nstorage:\n")
 
 
 def test_snippet_of_broken_yaml_is_not_shown() -> None:

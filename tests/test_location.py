@@ -14,7 +14,7 @@ from relora_ray.location import location_problem, secret_in_url, shown
     [
         "runs", "./runs", "/data/runs/", "/data/team@x/runs", "/", "~/runs", "file:///data/runs", "s3://bucket",
         "s3://bucket/runs/", "s3://bucket/my runs/a.b..c", "gs://bucket/Läufe", "hdfs:///runs", "hdfs://host:8020/runs",
-        "abfss://container@account.dfs.core.windows.net/runs", "http://host:9000/data/a@5", "memory://runs",
+        "abfss://container@account.dfs.core.windows.net/runs", "s3://host/data/a@5", "memory://runs",
     ],
 )  # fmt: skip
 def test_place_is_taken(url: str) -> None:
@@ -52,6 +52,10 @@ def test_place_is_taken(url: str) -> None:
         ("/data/a\x7f", "which cannot be seen"),
         ("/data/a\u200bb", "which cannot be seen"),
         ("s3://bucket/a::memory", "has a ::"),
+        ("ftp://host/runs", "is of scheme ftp:, where objects cannot be kept"),
+        ("http://host:9000/data/a@5", "is of scheme http:"),
+        ("zip://runs.zip", "is of scheme zip:"),
+        ("s4://bucket/runs", "is of scheme s4:"),
         ("filecache::s3://bucket/a", "half a URL"),
     ],
 )

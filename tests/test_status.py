@@ -136,6 +136,13 @@ def test_finished_run_is_finished_whatever_its_driver_left_behind(storage: Stora
     assert state == ("run tiny: finished" if gone else "run tiny: driver 77 on m1, seen 1 s ago")
 
 
+def test_finished_run_without_its_model_says_so(storage: Storage) -> None:
+    put_manifest(storage, 12, name(1))
+    assert "the model is not exported: start the run again" in said(storage)
+    storage.put("model/config.json", b"{}")
+    assert "exported" not in said(storage)
+
+
 def test_attempts_without_a_step_are_said_with_the_last_cause(storage: Storage) -> None:
     tally = Tally()
     for number in (1, 2, 3):

@@ -20,7 +20,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,6 +52,8 @@ OLD_PINS = "forks"
 FOLDER = rf"((base|delta)/{ID}|setup/\d{{4,9}}-[0-9a-f]{{1,32}})"
 _FOLDER = re.compile(FOLDER)
 _REMOVAL = re.compile(rf"{REMOVALS}/({ATTEMPT})-(\d+)\.json")
+_PIN_NAME = re.compile(rf"{PINS}/.+\.\d+\.json")
+_OLD_PIN_NAME = re.compile(rf"{OLD_PINS}/.+\.json")
 LOOK_AGAIN_S = 1.0
 
 Folder = Annotated[str, Field(pattern=rf"^{FOLDER}$")]
@@ -84,6 +86,9 @@ class Pin(_Record):
 
 class _OldPin(_Record):
     step: Step
+
+
+AnyPin = TypeVar("AnyPin", Pin, _OldPin)
 
 
 class History:
@@ -303,29 +308,28 @@ def _pin_path(run: str, number: int) -> str:
 
 def read_pins(storage: Storage) -> dict[str, Pin]:
     """Who needs what of this run, by the pin's path. DamagedError if one cannot be read: it may name anything."""
-    pins = {}
-    for path in storage.list_surely(PINS):
-        if (record := storage.get_listed(path, at_most=MAX_BYTES)) is None:
-            continue
-        try:
-            pins[path] = Pin.model_validate_json(record)
-        except ValidationError as error:
-            raise DamagedError(f"{storage.url}/{path} is no readable pin: {error.errors()[0]['msg']}.") from error
-    return pins
+    return _read_pins(storage, PINS, _PIN_NAME, Pin)
 
 
 def old_pins(storage: Storage) -> dict[str, int]:
     """Steps whose checkpoints are kept whole for forks that were made by a version before, by the fork's name."""
-    steps = {}
-    for path in storage.list_surely(OLD_PINS):
+    found = _read_pins(storage, OLD_PINS, _OLD_PIN_NAME, _OldPin)
+    return {path.removeprefix(f"{OLD_PINS}/").removesuffix(".json"): pin.step for path, pin in found.items()}
+
+
+def _read_pins(storage: Storage, folder: str, name: re.Pattern[str], kind: type[AnyPin]) -> dict[str, AnyPin]:
+    pins = {}
+    for path in filter(name.fullmatch, storage.list_surely(folder)):  # a note that somebody left there is none
         if (record := storage.get_listed(path, at_most=MAX_BYTES)) is None:
             continue
         try:
-            found = _OldPin.model_validate_json(record)
+            pins[path] = kind.model_validate_json(record)
         except ValidationError as error:
-            raise DamagedError(f"{storage.url}/{path} is no readable pin: {error.errors()[0]['msg']}.") from error
-        steps[path.removeprefix(f"{OLD_PINS}/").removesuffix(".json")] = found.step
-    return steps
+            raise DamagedError(
+                f"{storage.url}/{path} is no readable pin: {error.errors()[0]['msg']}. Restore it, or, if there is no "
+                f"such fork any more, remove it."
+            ) from error
+    return pins
 
 
 def part_folders(storage: Storage) -> set[str]:
