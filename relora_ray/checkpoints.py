@@ -187,8 +187,8 @@ def _pruned(run: Storage, attempt: str, keep_last: int, keep_every_steps: int, d
         yield f"stays: {path} cannot be read"
     if line and (problem := " ".join(filter(None, (_problem(run, part) for part in line[-1].parts)))):
         raise DamagedError(
-            f"{problem} Nothing was removed: the newest checkpoint, of step {line[-1].step:,}, is not whole, and the run "
-            f"would go on from one before it. Start the run, which passes over it, and prune after its next save."
+            f"{problem} Nothing was removed: the newest checkpoint, of step {line[-1].step:,}, is not whole, and the "
+            f"run would go on from one before it. Start the run, which passes over it, and prune after its next save."
         )
     cfg = CheckpointConfig(save_every_steps=1, keep_last=keep_last, keep_every_steps=keep_every_steps)
     sizes = {part.folder: part.size_bytes for manifest in line for part in manifest.parts if not part.run}
@@ -364,9 +364,7 @@ def _copy_newest(run: Storage, out: Storage, step: int | None, term: Term) -> Ma
             logger.warning("%s was removed by the run's own retention while it was copied", manifest.path)
 
 
-def _copy(
-    run: Storage, out: Storage, manifest: Manifest, rollbacks: tuple[Rollback, ...], term: Term
-) -> Manifest:
+def _copy(run: Storage, out: Storage, manifest: Manifest, rollbacks: tuple[Rollback, ...], term: Term) -> Manifest:
     for part in manifest.parts:
         in_flight(partial(_copy_object, run, out, part), part.objects)
     rollbacks = tuple(r for r in rollbacks if r.to_step <= manifest.step)

@@ -122,8 +122,8 @@ def check_run(cfg: RunConfig, *, parent: Setting | None = None) -> RunConfig:
     if not history.paths:
         if storage.exists(COPYING):
             raise ConfigError(
-                f"{storage.url} is a copy that was not finished. Copy again, to the same place, or remove it: python -m "
-                f"relora_ray.checkpoints delete {storage.url} --yes."
+                f"{storage.url} is a copy that was not finished. Copy again, to the same place, or remove it with "
+                f"python -m relora_ray.checkpoints delete."
             )
         refuse_inside_run(storage)
         cfg = _with_fingerprint(cfg, open_data(cfg).fingerprint)

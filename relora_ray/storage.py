@@ -50,6 +50,8 @@ _PAUSE_S = (0.25, 8.0)
 _LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 """Causes that neither a second try nor a restart removes."""
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""Of botocore, before anything is sent."""
 _S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
 """Seconds without a byte; and one try, because trying again is done here."""
 _CALL_S = 90.0
@@ -157,9 +159,9 @@ class Storage:
         StorageError if one of the three is not allowed.
         """
         path = f"probe-{uuid.uuid4().hex}"
+        with contextlib.suppress(FileExistsError):  # of a try whose answer was lost
+            self.put_new(path, b"1")
         try:
-            with contextlib.suppress(FileExistsError):  # of a try whose answer was lost
-                self.put_new(path, b"1")
             try:
                 self.put_new(path, b"2")
             except FileExistsError:
@@ -387,7 +389,10 @@ class Storage:
                     raise
                 reason = masked(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
                 lasting = (
-                    self.is_local or isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_CODES
+                    self.is_local
+                    or isinstance(error, _LASTING)
+                    or getattr(error, "errno", None) in _LASTING_CODES
+                    or type(error).__name__ in _NO_CREDENTIALS
                 )
                 if isinstance(error, FileNotFoundError):
                     lasting = missing_may_come is not None and not missing_may_come()
@@ -637,4 +642,6 @@ def _advice(error: Exception) -> str:
         return " Free space there (checkpoint.keep_last says how many checkpoints are kept), or move the run."
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return " Check who owns the folder, or choose another storage."
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return " Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or storage_options that name variables."
     return ""

@@ -479,3 +479,14 @@ def test_old_listing_is_not_believed_though_the_process_stood_still(
     monkeypatch.setattr(Storage, "list", listing)
     monkeypatch.setattr(clock, "monotonic", lambda: now[0])
     assert storage.list_surely("a") == ["a/new"]
+
+
+def test_missing_credentials_are_said_at_once(moto: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setattr(clock, "sleep", lambda s: pytest.fail("it was tried again"))
+    storage = Storage(f"s3://{BUCKET}/none", {"endpoint_url": moto.endpoint})
+    with pytest.raises(StorageError, match=r"cannot write .*probe-.*NoCredentialsError.*Set AWS_ACCESS_KEY_ID"):
+        storage.honours_put_new()
