@@ -12,6 +12,7 @@ config gives the warm start's updates the same rows and learning rates: `warm_st
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import sha256
 
@@ -94,6 +95,12 @@ def warm_start_digest(cfg: RunConfig) -> str:
     decisive["init_from"] = cfg.model.init_from
     decisive["multipliers"] = [lr_multiplier(step, cfg) for step in range(cfg.warm_start_steps)]
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fixed_keys(cfg: RunConfig, keys: Iterable[str]) -> list[str]:
+    """Of these keys of a config those in which no fork may differ from its parent."""
+    decisive = cfg.identity().keys() | {"model.init_from"}
+    return [key for key in keys if key in decisive and not key.startswith(MAY_DIFFER)]
 
 
 def _refuse_if_unfit(cfg: RunConfig, parent: RunConfig, name: str, step: int) -> None:

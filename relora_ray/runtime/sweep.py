@@ -41,7 +41,7 @@ from relora_ray.errors import (
     RunFailedError,
     StoppedError,
 )
-from relora_ray.fork import fork, warm_start_digest
+from relora_ray.fork import MAY_DIFFER, fixed_keys, fork, warm_start_digest
 from relora_ray.methods import build_method
 from relora_ray.runs import begin, is_run, read_config, run_storage
 from relora_ray.runtime import driver
@@ -92,7 +92,7 @@ def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
     if first.model.fingerprint and "model.huggingface" not in sweep.spec.space and not _goes_by_place(folder):
         base["model"] = base["model"] | {"fingerprint": first.model.fingerprint}
     sweep = dataclasses.replace(sweep, base=base)
-    _refuse_forks_between_boundaries(sweep)
+    _refuse_impossible_forks(sweep)
     if folder.exists(SWEEP):
         _refuse_another(folder, sweep)
     return sweep, folder
@@ -103,9 +103,14 @@ def _goes_by_place(folder: Storage) -> bool:
     return folder.exists(SWEEP) and "model.huggingface" in yaml.safe_load(folder.get(SWEEP))["identity"]
 
 
-def _refuse_forks_between_boundaries(sweep: Sweep) -> None:
+def _refuse_impossible_forks(sweep: Sweep) -> None:
     if sweep.spec.population is None:
         return
+    if fixed := fixed_keys(first_run(sweep), sweep.spec.space):
+        raise ConfigError(
+            f"sweep.population forks points with other settings, and no fork may change {', '.join(fixed)}. Remove "
+            f"that from sweep.space, or sweep.population. A fork may change {', '.join(MAY_DIFFER)}."
+        )
     for number, settings in enumerate(sweep.possible_points):
         method = build_method(sweep.config(number, settings, sweep.spec.seeds[0]))
         for _, step in sweep.stops[:-1]:
@@ -400,11 +405,13 @@ class _Points(Searcher):
         number, is_new = self._next, self._next not in self._points
         if number >= (self._spec.trials or len(self._listed)) or (is_new and self._is_spent()):
             return Searcher.FINISHED
-        self._next += 1
         if is_new:
-            settings = self._listed[number] if self._listed else suggest(self._spec, number, read_points(self._folder))
-            self._points[number] = Point(number, settings)
+            chosen = self._listed[number] if self._listed else suggest(self._spec, number, read_points(self._folder))
+            if chosen is None:
+                return Searcher.FINISHED
+            self._points[number] = Point(number, chosen)
             put_point(self._folder, self._points[number])  # a restart must not choose another
+        self._next += 1
         return {"number": number, "settings": self._points[number].settings, "until": self._last}
 
     def _is_spent(self) -> bool:

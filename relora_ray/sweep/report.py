@@ -74,11 +74,17 @@ def page(sweep: Sweep, points: Sequence[Point], pictures: Sequence[str]) -> Iter
         yield "What follows is of points that came to the end, which were the better ones on the way.\n"
     if sum(point.state == "done" for point in points) > 2:
         yield "## What matters\n"
-        yield "| key | share of the variance | 90 % of resamples |"
+        yield "| key | share of the variance | 90 % of resamples of the seeds |"
         yield "|---|---|---|"
         for item in importance(points):
-            yield f"| {item.name} | {item.share:.0%} | {item.low:.0%} to {item.high:.0%} |"
-        yield "\nHow much of the variance of the losses the values of one key alone explain (omega squared).\n"
+            between = "" if math.isnan(item.low) else f"{item.low:.0%} to {item.high:.0%}"
+            yield f"| {item.name} | {item.share:.0%} | {between} |"
+        yield (
+            "\nHow much of the variance of the losses the values of one key alone explain, or those of two beyond what "
+            "each does alone (omega squared). What a seed adds to all points is left out"
+            + ("" if len(spec.seeds) > 1 else ". With one seed, noise and what other keys do cannot be told apart")
+            + ".\n"
+        )
     for name in FRONTS:
         front = pareto(points, name, larger=FRONTS[name][1])
         if len(front) > 1:

@@ -17,6 +17,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from relora_ray import metrics
@@ -170,30 +171,45 @@ def pareto(points: Sequence[Point], name: str, *, larger: bool) -> list[Point]:
 @dataclass(frozen=True)
 class Importance:
     name: str
+    """A key, or two, joined by " x ": what their values explain together beyond what each does alone."""
     share: float
-    """Of the variance between points' losses: how much of it the key's values alone explain (omega squared)."""
+    """Of the variance between runs, less what their seeds make: omega squared."""
     low: float
     high: float
-    """90 % of resamples of the runs lie between."""
+    """90 % of resamples of the seeds lie between; NaN with one seed."""
 
 
 def importance(points: Sequence[Point], *, resamples: int = 500, seed: int = 0) -> list[Importance]:
-    """How much each key matters, the most first. Values of a range are taken in four bins. Points of a random search
-    differ in all keys at once: with few of them a key may take another's share, which the interval then shows."""
-    runs = [(p.settings, loss) for p in points if p.state == "done" for loss in p.losses[p.last_rung].values()]
-    names = list(dict.fromkeys(name for settings, _ in runs for name in settings))
+    """How much each key, and each pair of keys, matters, the most first. Values of a range are taken in four bins.
+
+    Seeds are blocks: what a seed adds to all points' losses counts neither as noise nor as a difference. Noise is what
+    seeds add to some points only. With one seed it cannot be told from differences within a key's values, which are
+    taken for it, and pairs are given only where that leaves something to judge them by. Points of a random search
+    differ in all keys at once: with few of them a key may take another's share.
+    """
+    done = [p for p in points if p.state == "done"]
+    seeds = sorted(set.intersection(*(set(p.losses[p.last_rung]) for p in done))) if done else []
+    names = list(dict.fromkeys(name for p in done for name in p.settings))
+    groups = {name: _binned([p.settings[name] for p in done]) for name in names}
+    groups = {name: values for name, values in groups.items() if len(set(values)) > 1}
+    effects = [(name,) for name in groups] + list(combinations(groups, 2))
+    losses = [[p.losses[p.last_rung][s] for s in seeds] for p in done]
+    if not seeds or len(done) < 3:
+        return []
+    generator, drawn = random.Random(f"{seed} importance"), []
+    noise = _noise(losses)
+    if len(seeds) > 1:
+        drawn = [generator.choices(range(len(seeds)), k=len(seeds)) for _ in range(resamples)]
     found = []
-    for name in names:
-        groups = _binned([settings[name] for settings, _ in runs])
-        losses = [loss for _, loss in runs]
-        generator = random.Random(f"{seed} {name}")
-        shares = []
-        for _ in range(resamples):
-            picked = generator.choices(range(len(runs)), k=len(runs))
-            shares.append(_omega_squared([groups[i] for i in picked], [losses[i] for i in picked]))
-        shares.sort()
-        low, high = (shares[int(q * (resamples - 1))] for q in (0.05, 0.95))
-        found.append(Importance(name, _omega_squared(groups, losses), low, high))
+    for effect in effects:
+        factors = [groups[name] for name in effect]
+        if (share := _omega_squared(factors, losses, noise)) is None:
+            continue
+        shares = sorted(
+            _omega_squared(factors, [[row[i] for i in picked] for row in losses], noise) or 0.0 for picked in drawn
+        )
+        low, high = (shares[int(q * (len(shares) - 1))] if shares else math.nan for q in (0.05, 0.95))
+        found.append(Importance(" x ".join(effect), share, low, high))
     return sorted(found, key=lambda i: -i.share)
 
 
@@ -206,19 +222,46 @@ def _binned(values: list[Value]) -> list[Value]:
     return [sum(value >= edge for edge in edges) for value in numbers]
 
 
-def _omega_squared(groups: list[Value], losses: list[float]) -> float:
-    """Of a one-way analysis of variance: the share explained, less what chance would explain."""
-    by: dict[Value, list[float]] = defaultdict(list)
-    for group, loss in zip(groups, losses, strict=True):
-        by[group].append(loss)
-    mean = statistics.fmean(losses)
-    total = sum((loss - mean) ** 2 for loss in losses)
-    between = sum(len(members) * (statistics.fmean(members) - mean) ** 2 for members in by.values())
-    freedom = len(losses) - len(by)
-    if total == 0 or freedom <= 0:
-        return 0.0
-    within = (total - between) / freedom
-    return max(0.0, (between - (len(by) - 1) * within) / (total + within))
+def _noise(losses: list[list[float]]) -> float | None:
+    """Variance of one run's loss, by what is left of points and seeds when both their means are taken away; None with
+    one seed. `losses`: by point and seed."""
+    num_points, num_seeds = len(losses), len(losses[0])
+    if num_seeds < 2:
+        return None
+    of_points = [statistics.fmean(row) for row in losses]
+    of_seeds = [statistics.fmean(row[s] for row in losses) for s in range(num_seeds)]
+    mean = statistics.fmean(of_points)
+    left = (row[s] - of_points[p] - of_seeds[s] + mean for p, row in enumerate(losses) for s in range(num_seeds))
+    return sum(x * x for x in left) / ((num_points - 1) * (num_seeds - 1))
+
+
+def _omega_squared(factors: list[list[Value]], losses: list[list[float]], noise: float | None) -> float | None:
+    """The share of the variance that one factor explains, or that two explain beyond each alone, less what chance would
+    explain. None if there is nothing to judge it by."""
+    means, num_seeds = [statistics.fmean(row) for row in losses], len(losses[0])
+    mean = statistics.fmean(means)
+    of_seeds = [statistics.fmean(row[s] for row in losses) for s in range(num_seeds)]
+    total = sum((row[s] - of_seeds[s]) ** 2 for row in losses for s in range(num_seeds))
+    cells = list(zip(*factors, strict=True))
+    together, num_cells = num_seeds * _between(cells, means, mean), len(set(cells))
+    explained, freedom = together, num_cells - 1
+    if len(factors) > 1:
+        explained -= num_seeds * sum(_between(factor, means, mean) for factor in factors)
+        freedom -= sum(len(set(factor)) - 1 for factor in factors)
+    if noise is None:
+        if len(means) == num_cells:
+            return None
+        noise = (total - together) / (len(means) - num_cells)
+    if freedom <= 0 or total + noise == 0:
+        return None
+    return max(0.0, (explained - freedom * noise) / (total + noise))
+
+
+def _between(groups: Sequence[Any], means: list[float], mean: float) -> float:
+    by: dict[Any, list[float]] = defaultdict(list)
+    for group, value in zip(groups, means, strict=True):
+        by[group].append(value)
+    return sum(len(members) * (statistics.fmean(members) - mean) ** 2 for members in by.values())
 
 
 COLUMNS = ("tokens_per_s", "step_s", "num_trainable", "state_bytes", "peak_memory_bytes")

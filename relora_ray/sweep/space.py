@@ -166,6 +166,19 @@ class SweepConfig(Section):
             raise ValueError("sweep.halving compares by loss alone: give one objective, or remove it.")
         return self
 
+    @property
+    def num_points(self) -> int:
+        """How many will be tried, unless a budget ends the sweep before."""
+        return int(min(self._combinations(), self.trials or math.inf))
+
+    def all_points(self) -> Iterator[Settings]:
+        """All there are, of lists and whole numbers; nothing if a range has values without end."""
+        if math.isinf(self._combinations()):
+            return
+        values = [d if isinstance(d, tuple) else range(int(d.min), int(d.max) + 1) for d in self.space.values()]
+        for point in product(*values):
+            yield dict(zip(self.space, point, strict=True))
+
     def _combinations(self) -> float:
         return math.prod(
             len(d) if isinstance(d, tuple) else d.max - d.min + 1 if d.whole else math.inf for d in self.space.values()
@@ -211,8 +224,8 @@ class Sweep:
     def plan(self) -> Iterator[str]:
         """What will be trained, as lines of text."""
         spec = self.spec
-        number = spec.trials or len(self.points)
-        yield f"sweep {self.name}: {number} points of {spec.search} search, seeds {', '.join(map(str, spec.seeds))}"
+        seeds = ", ".join(map(str, spec.seeds))
+        yield f"sweep {self.name}: {spec.num_points} points of {spec.search} search, seeds {seeds}"
         for name, dimension in spec.space.items():
             yield f"  {name}: {_described(dimension)}"
         rungs = ", ".join(f"{step:,}" for _, step in self.stops)
@@ -272,12 +285,12 @@ def _points(spec: SweepConfig) -> list[Settings]:
         return _combinations(spec, [_listed(dimension) for dimension in spec.space.values()])
     if spec.search == "random":
         assert spec.trials is not None
-        drawn: dict[str, Settings] = {}
+        chosen: dict[str, Settings] = {}
         for number in range(spec.trials):
-            attempts = (_drawn(spec, number, attempt) for attempt in count())
-            found = next(point for point in attempts if json.dumps(point) not in drawn)
-            drawn[json.dumps(found)] = found
-        return list(drawn.values())
+            attempts = (drawn(spec, number, attempt) for attempt in count())
+            found = next(point for point in attempts if json.dumps(point) not in chosen)
+            chosen[json.dumps(found)] = found
+        return list(chosen.values())
     return []
 
 
@@ -306,7 +319,8 @@ def _listed(dimension: Dimension) -> tuple[Value, ...]:
     return dimension
 
 
-def _drawn(spec: SweepConfig, number: int, attempt: int) -> Settings:
+def drawn(spec: SweepConfig, number: int, attempt: int) -> Settings:
+    """One of all there are, at random: a pure function."""
     point: Settings = {}
     for name, dimension in spec.space.items():
         generator = random.Random(key(spec.seed, "sweep", number, name, *([attempt] if attempt else [])))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from relora_ray.errors import ConfigError
 from relora_ray.keyed import key
 from relora_ray.sweep.results import Point
-from relora_ray.sweep.space import Dimension, Range, Settings, SweepConfig
+from relora_ray.sweep.space import Dimension, Range, Settings, SweepConfig, drawn
 
 LARGER_IS_BETTER = ("tokens_per_s",)
 
@@ -24,17 +26,46 @@ def import_optuna() -> Any:
     return optuna
 
 
-def suggest(spec: SweepConfig, number: int, points: Sequence[Point]) -> Settings:
-    """The settings of point `number`, when `points` have come to an end. Points that failed or were halved say nothing
-    here, those that diverged that their like is to be left alone."""
+def suggest(spec: SweepConfig, number: int, points: Sequence[Point]) -> Settings | None:
+    """The settings of point `number`, which no other has; None if all there are have been tried. `points`: the others,
+    whatever has become of them.
+
+    Those under way count as bad ones (the constant liar), or points that run beside each other would be much alike.
+    Those that failed or were halved say nothing here, and those that diverged that their like is to be left alone.
+    """
+    tried = {json.dumps(p.settings, sort_keys=True) for p in points}
+
+    def is_new(settings: Settings) -> bool:
+        return json.dumps(settings, sort_keys=True) not in tried
+
+    for attempt in range(_NUM_TRIES):
+        settings = _asked(spec, (number, attempt) if attempt else (number,), points)
+        if is_new(settings):
+            return settings
+    # It clings to one of the few values there are: any other is worth more than the same again.
+    for attempt in range(_NUM_TRIES):
+        if is_new(settings := drawn(spec, number, attempt)):
+            return settings
+    return next(filter(is_new, spec.all_points()), None)
+
+
+_NUM_TRIES = 20
+
+
+def _asked(spec: SweepConfig, parts: tuple[int, ...], points: Sequence[Point]) -> Settings:
     optuna = import_optuna()
     space = {name: _distribution(optuna, dimension) for name, dimension in spec.space.items()}
-    sampler = optuna.samplers.TPESampler(seed=key(spec.seed, "tpe", number) % 2**32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(seed=key(spec.seed, "tpe", *parts) % 2**32, constant_liar=True)
     directions = ["maximize" if name in LARGER_IS_BETTER else "minimize" for name in spec.objectives]
     study = optuna.create_study(sampler=sampler, directions=directions)
     for point in sorted(points, key=lambda p: p.number):
-        if values := _values(spec, point):
-            study.add_trial(optuna.trial.create_trial(params=point.settings, distributions=space, values=values))
+        known = {"params": point.settings, "distributions": space}
+        if point.state == "begun":
+            study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, **known))
+        elif values := _values(spec, point):
+            study.add_trial(optuna.trial.create_trial(values=values, **known))
     return {name: _plain(value) for name, value in study.ask(space).params.items()}
 
 

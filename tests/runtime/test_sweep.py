@@ -30,7 +30,7 @@ from relora_ray.runtime.sweep import (
     _Halving,
     _listening,
     _Points,
-    _refuse_forks_between_boundaries,
+    _refuse_impossible_forks,
     _Trainer,
     _tune,
     check_sweep,
@@ -275,11 +275,21 @@ def test_fork_where_there_is_no_boundary_is_refused_first(data: Path, tmp_path: 
     }  # fmt: skip
     spec = sweep(tmp_path, f"data.path={data}", f"storage={tmp_path}", "method.merge_every_steps=3",
                  space={"method.lora_rank": [2, 8]}, population={})  # fmt: skip
-    _refuse_forks_between_boundaries(spec)
+    _refuse_impossible_forks(spec)
     changed = {"method": spec.base["method"] | method, "optimizer": {"learning_rate": 0.01}}
     late = dataclasses.replace(spec, base=spec.base | changed)
     with pytest.raises(ConfigError, match=r"compares points after 6 updates, and lora_rank=2 has no boundary"):
-        _refuse_forks_between_boundaries(late)
+        _refuse_impossible_forks(late)
+
+
+def test_population_over_what_no_fork_may_change_is_refused_first(data: Path, tmp_path: Path) -> None:
+    space = {"method.lora_rank": [2, 8], "method.frozen_weights": ["fp32", "bf16"], "train.micro_batch_rows": [1, 2]}
+    spec = sweep(
+        tmp_path, f"data.path={data}", f"storage={tmp_path}", "method.merge_every_steps=3", space=space, population={}
+    )
+    with pytest.raises(ConfigError, match=r"no fork may change method\.frozen_weights\. Remove"):
+        check_sweep(spec)
+    assert not (tmp_path / "tiny").exists()
 
 
 class Silent:
@@ -397,8 +407,8 @@ def test_tpe_on_rays_tune(tune_alone: Play, tmp_path: Path) -> None:
     spec = sweep(tmp_path, f"storage={tmp_path}", seeds=[1], space={"method.lora_rank": [2, 4, 8, 16, 32]},
                  search="tpe", trials=4)  # fmt: skip
     assert [p.state for p in tune_alone(spec)] == ["done"] * 4
-    more = dataclasses.replace(spec, spec=spec.spec.model_copy(update={"trials": 6}))
-    assert len(tune_alone(more)) == 6
+    more = dataclasses.replace(spec, spec=spec.spec.model_copy(update={"trials": 60}))
+    assert sorted(p.settings["method.lora_rank"] for p in tune_alone(more)) == [2, 4, 8, 16, 32], "there are no more"
 
 
 def test_record_that_cannot_be_stored_ends_the_sweep_with_its_reason(

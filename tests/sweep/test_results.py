@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import random
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,6 +18,7 @@ from relora_ray.config_file import parse_config
 from relora_ray.storage import Storage
 from relora_ray.sweep.report import write_up
 from relora_ray.sweep.results import (
+    Importance,
     Point,
     best,
     importance,
@@ -25,6 +29,8 @@ from relora_ray.sweep.results import (
     state_bytes,
     to_csv,
 )
+from relora_ray.sweep.space import Value
+from tests.conftest import ROOT
 from tests.sweep.test_space import sweep
 from tests.tiny import tiny_config
 
@@ -70,24 +76,71 @@ def test_pareto_front() -> None:
     assert [p.number for p in pareto(points, "tokens_per_s", larger=True)] == [3]
 
 
+def grid(loss: Callable[[int, int], float], *, seeds: int = 3, seed_s: float = 0.0, noise: float = 0.02) -> list[Point]:
+    """Ranks 2, 8, 32 by cycles of 3, 9; a seed adds up to `seed_s` to all of its runs."""
+    generator, found = random.Random(0), []
+    for n, (rank, every) in enumerate(product((2, 8, 32), (3, 9))):
+        found.append(point(n, 0.0, lora_rank=rank, merge_every_steps=every))
+        made = {s: loss(rank, every) + seed_s * s + generator.gauss(0, noise) for s in range(seeds)}
+        found[-1].losses = {12: made}
+    return found
+
+
+def shares(points: list[Point]) -> dict[str, Importance]:
+    return {i.name.replace("method.", ""): i for i in importance(points)}
+
+
 def test_importance_finds_what_decides() -> None:
-    noise = random.Random(0)
-    points = [
-        point(n, 0.5 * (rank == 8) + 0.1 * (every == 9) + noise.gauss(0, 0.02), lora_rank=rank, merge_every_steps=every)
-        for n, (rank, every) in enumerate(product((2, 8), (3, 9)))
-    ]
-    first, second = importance(points)
-    assert (first.name, second.name) == ("method.lora_rank", "method.merge_every_steps")
+    first, *others = importance(grid(lambda rank, every: 0.5 * (rank == 8) + 0.1 * (every == 9)))
+    assert first.name == "method.lora_rank"
     assert first.low <= first.share <= 1
-    assert first.share > 0.8
-    assert second.share < 0.2
-    assert second.low < second.high
+    assert first.share > 0.9
+    assert [i.name for i in others] == ["method.merge_every_steps", "method.lora_rank x method.merge_every_steps"]
+    assert 0 < others[0].low <= others[0].share < 0.1
+    assert others[1].share < 0.01
+
+
+def test_what_a_seed_adds_to_all_points_is_no_noise() -> None:
+    """In a run of one factor over three seeds that differ by 1.0 nothing could be seen otherwise."""
+    plain, apart = (shares(grid(lambda rank, every: 0.1 * (every == 9), seed_s=s)) for s in (0.0, 1.0))
+    assert plain["merge_every_steps"].share == pytest.approx(apart["merge_every_steps"].share)
+    assert apart["merge_every_steps"].low > 0.5
+
+
+def test_what_only_two_keys_together_do_is_seen() -> None:
+    found = shares(grid(lambda rank, every: 0.5 * ((rank == 8) != (every == 9))))
+    assert found["lora_rank x merge_every_steps"].share > 0.8
+    assert found["merge_every_steps"].share + found["lora_rank"].share < 0.2
+
+
+def test_importance_is_that_of_the_textbook() -> None:
+    """Kirk's omega squared of a two-way layout whose blocks are seeds, by sums of squares written out."""
+    points = grid(lambda rank, every: 0.01 * rank + 0.02 * every, seed_s=0.3)
+    y = np.array([[p.losses[12][s] for s in range(3)] for p in points]).reshape(3, 2, 3)  # rank, cycle, seed
+    mean = y.mean()
+    rank = 6 * ((y.mean((1, 2)) - mean) ** 2).sum()
+    cycle = 9 * ((y.mean((0, 2)) - mean) ** 2).sum()
+    both = 3 * ((y.mean(2) - mean) ** 2).sum() - rank - cycle
+    seeds = 6 * ((y.mean((0, 1)) - mean) ** 2).sum()
+    total = ((y - mean) ** 2).sum() - seeds
+    noise = (total - rank - cycle - both) / 10
+    found = shares(points)
+    assert found["lora_rank"].share == pytest.approx((rank - 2 * noise) / (total + noise))
+    assert found["merge_every_steps"].share == pytest.approx((cycle - noise) / (total + noise))
+    assert found["lora_rank x merge_every_steps"].share == pytest.approx(max(0, (both - 2 * noise) / (total + noise)))
+
+
+def test_importance_with_one_seed_has_no_interval_and_no_pairs_it_cannot_judge() -> None:
+    found = shares(grid(lambda rank, every: 0.5 * (rank == 8), seeds=1))
+    assert found.keys() == {"lora_rank", "merge_every_steps"}
+    assert found["lora_rank"].share > 0.9
+    assert math.isnan(found["lora_rank"].low)
 
 
 def test_importance_of_a_range_is_by_bins() -> None:
     points = [point(n, float(n >= 10), alpha=0.1 * n) for n in range(20)]
     (found,) = importance(points)
-    assert found.share > 0.9
+    assert found.share > 0.85
 
 
 def test_state_bytes_are_by_shape(tmp_path: Path) -> None:
@@ -129,3 +182,16 @@ def test_table_and_page(tmp_path: Path) -> None:
     assert found.name == "tiny-best"
     assert found.merge_every_steps == 3
     assert "sweep" not in yaml.safe_load(out.get("best.yaml"))
+
+
+def test_committed_page_says_what_the_committed_table_does() -> None:
+    """Importances, from the losses that the table has."""
+    folder = ROOT / "benchmarks/results/sweep-books"
+    points = []
+    for row in csv.DictReader((folder / "table.csv").read_text().splitlines()):
+        settings: dict[str, Value] = {k: int(v) for k, v in row.items() if k.startswith(("method.", "schedule."))}
+        losses = {seed: float(row[f"loss_seed{seed}"]) for seed in (1, 2, 3)}
+        points.append(Point(int(row["point"]), settings, "done", "", {1200: losses}))
+    page = (folder / "README.md").read_text()
+    for found in importance(points):
+        assert f"| {found.name} | {found.share:.0%} | {found.low:.0%} to {found.high:.0%} |" in page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 
 from relora_ray.sweep.results import Point
@@ -58,6 +60,38 @@ def test_failed_points_say_nothing_and_diverged_ones_that_it_is_bad_there(tmp_pa
     diverged = done(12, good[0].settings, 5.0)
     diverged.state = "diverged"
     suggest(spec(tmp_path), 20, [*good, diverged])
+
+
+def listed(tmp_path: Path, ranks: list[int], **more: object) -> SweepConfig:
+    space = {"method.lora_rank": ranks, "schedule.warmup_steps": {"min": 1, "max": 3, "whole": True}}
+    return sweep(tmp_path, space=space, search="tpe", trials=60, **more).spec
+
+
+def test_nothing_is_tried_twice_and_the_search_ends_when_all_is_tried(tmp_path: Path) -> None:
+    one, points = listed(tmp_path, [2, 4, 8, 16]), list[Point]()
+    while (settings := suggest(one, len(points), points)) is not None:
+        points.append(done(len(points), settings, float(settings["method.lora_rank"])))
+        points[-1].state = ("done", "failed", "halved", "diverged", "begun")[len(points) % 5]
+        assert len(points) <= 12
+    tried = {(p.settings["method.lora_rank"], p.settings["schedule.warmup_steps"]) for p in points}
+    assert len(tried) == len(points) == one.num_points == 12
+
+
+def test_points_under_way_keep_others_from_their_place(tmp_path: Path) -> None:
+    """Twelve that were asked for at once, after the same records, against one after the other's end."""
+    points = [done(n, suggest(spec(tmp_path), n, []) or {}, 0.0) for n in range(20)]
+    for one in points:
+        one.losses = {12: {1: loss(one.settings)}}
+
+    def spread(state: str) -> float:
+        found = list(points)
+        for number in range(20, 32):
+            found.append(done(number, suggest(spec(tmp_path), number, found) or {}, 0.0))
+            found[-1].state = state
+        rates = [math.log(float(p.settings["optimizer.learning_rate"])) for p in found[20:]]
+        return statistics.stdev(rates)
+
+    assert spread("begun") > 1.3 * spread("failed"), "failed ones say nothing, as those under way did"
 
 
 def test_two_objectives(tmp_path: Path) -> None:
