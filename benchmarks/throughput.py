@@ -7,10 +7,11 @@
 Each prints a page; `pip install -c constraints.txt '.[bench]'` first. Traffic is that of two gloo ranks here, the rest
 has one process. Every opponent is a process of its own that waits until it is asked: they take turns within a round, an
 update each, and ratios are medians over rounds of the times in one round. All have bf16 products, fp32 masters of what
-they train, fused AdamW, SDPA attention, this project's loop and the same allocator settings; `published` (dropout 0.1,
-as shipped) and PEFT hold their frozen weights in bf16. Beside each ratio is its bound: what the count of
-multiplications allows if all products ran at one speed. FLOP utilisation is against a large product measured in the
-same run.
+they train, fused AdamW, SDPA attention, this project's loop and the same allocator settings; `published` and PEFT hold
+their frozen weights in bf16. Adapters come with and without dropout, in a row each: `-dropout` is 0.1, with which the
+published code is shipped, and which is 0 here and in PEFT unless it is set. Beside each ratio is its bound: what the
+count of multiplications allows if all products ran at one speed. FLOP utilisation is against a large product measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -60,17 +61,17 @@ Update = Callable[[], None]
 
 
 class PublishedLinear(nn.Module):
-    """The arithmetic of the published layer as shipped (Guitaricet/relora at 176f376, `ReLoRaLinear.forward`): the base
-    product, and beside it B A of the input after dropout, scaled."""
+    """The arithmetic of the published layer (Guitaricet/relora at 176f376, `ReLoRaLinear.forward`): the base product,
+    and beside it B A of the input after dropout, scaled."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
         self.lora_A = nn.Linear(in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout, self.scale = nn.Dropout(DROPOUT), alpha / rank
+        self.dropout, self.scale = nn.Dropout(dropout), alpha / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
@@ -138,13 +139,20 @@ ORDER = {
     "relora": "effective",
     "relora-rebuilt": "effective",
     "relora-int8": "effective",
+    "relora-dropout": "factored",
     "published": "factored",
+    "published-dropout": "factored",
     "peft": "factored",
+    "peft-dropout": "factored",
 }
 
 
+def dropout_of(name: str) -> float:
+    return DROPOUT if name.endswith("-dropout") else 0.0
+
+
 def layers(args: argparse.Namespace) -> Iterator[str]:
-    variants = _variants(args, ("full", "relora", "relora-rebuilt", "published", "peft"))
+    variants = _variants(args, tuple(name for name in ORDER if name != "relora-int8"))
     yield f"One layer, forward and backward of {args.micro_batches} micro-batches of {args.tokens} tokens, and what an"
     yield "update adds: the effective weight's sum. Full-rank's weight is in bf16 already. x full-rank: larger is"
     yield "faster; bound: by the count of multiplications.\n"
@@ -176,7 +184,7 @@ def layer_update(args: argparse.Namespace, name: str, i: int, o: int) -> Update:
             x.grad = None
         for parameter in layer.parameters():
             parameter.grad = None
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, LowRankLinear) and not layer.dropout:
             layer.refresh_()
 
     return update
@@ -185,15 +193,15 @@ def layer_update(args: argparse.Namespace, name: str, i: int, o: int) -> Update:
 def _layer(name: str, linear: nn.Linear, rank: int) -> nn.Module:
     if name == "full":
         return linear.bfloat16()
-    if name == "published":
-        return PublishedLinear(linear, rank, 32.0)
-    if name == "peft":
+    if name.startswith("published"):
+        return PublishedLinear(linear, rank, 32.0, dropout_of(name))
+    if name.startswith("peft"):
         from peft.tuners.lora import LoraConfig as PeftConfig
         from peft.tuners.lora.layer import Linear
 
         linear.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
-        return Linear(linear, "default", PeftConfig(), r=rank, lora_alpha=32)
-    layer = LowRankLinear(linear, LoraConfig(lora_rank=rank, alpha=32.0))
+        return Linear(linear, "default", PeftConfig(), r=rank, lora_alpha=32, lora_dropout=dropout_of(name))
+    layer = LowRankLinear(linear, LoraConfig(lora_rank=rank, alpha=32.0, dropout=dropout_of(name)))
     if name == "relora":
         layer.keep_effective_(torch.bfloat16)
     layer.redraw_(0)
@@ -204,7 +212,7 @@ def _layer(name: str, linear: nn.Linear, rank: int) -> nn.Module:
 
 
 def model(args: argparse.Namespace) -> Iterator[str]:
-    variants = _variants(args, ("full", "relora", "relora-rebuilt", "relora-int8", "published", "peft"))
+    variants = _variants(args, tuple(ORDER))
     cfg = config(args, "full")
     found = take_turns(args, variants, lambda name: ("model", name), measured := {})
     yield f"LLaMA {args.size}{f', {args.layers} layers of it' if args.layers else ''}: updates of {args.rows} rows of"
@@ -234,7 +242,8 @@ def model(args: argparse.Namespace) -> Iterator[str]:
 def config(args: argparse.Namespace, name: str) -> RunConfig:
     method: dict[str, Any] = {"kind": "full"}
     if name.startswith("relora"):
-        method = {"kind": "relora", "lora_rank": args.rank, "alpha": 32, "merge_every_steps": 1000}
+        method = {"kind": "relora", "lora_rank": args.rank, "alpha": 32, "merge_every_steps": 1000,
+                  "dropout": dropout_of(name)}  # fmt: skip
     if name == "relora-int8":
         method["frozen_weights"] = "bf16_int8"
     kept = "kept" if name == "relora" else "rebuilt"
@@ -277,11 +286,11 @@ def trainee(args: argparse.Namespace, name: str, world: World | None = None) -> 
     device = torch.device(args.device)
     net = build_model(cfg.model, seq_len=args.seq_len, seed=0)
     method = build_method(cfg)
-    if name == "published":
+    if name.startswith("published"):
         for path, linear in list(block_linears(net)):
             parent, _, leaf = path.rpartition(".")
-            setattr(net.get_submodule(parent), leaf, PublishedLinear(linear, args.rank, 32.0))
-    elif name == "peft":
+            setattr(net.get_submodule(parent), leaf, PublishedLinear(linear, args.rank, 32.0, dropout_of(name)))
+    elif name.startswith("peft"):
         from peft import LoraConfig as PeftConfig
         from peft import get_peft_model
 
@@ -289,13 +298,15 @@ def trainee(args: argparse.Namespace, name: str, world: World | None = None) -> 
         for _, linear in block_linears(net):
             linear.weight.data = linear.weight.data.bfloat16()
         rest = [p for p in net.parameters() if p.dtype == torch.float32]
-        net = get_peft_model(net, PeftConfig(r=args.rank, lora_alpha=32, target_modules=leaves)).get_base_model()
+        adapters = PeftConfig(r=args.rank, lora_alpha=32, lora_dropout=dropout_of(name), target_modules=leaves)
+        net = get_peft_model(net, adapters).get_base_model()
         for parameter in rest:  # embeddings, norms and head are trained, as by the others
             parameter.requires_grad_(True)
     else:
         method.adapt(net, 0)
     net.to(device)
-    optimizer = method.build_optimizer(net) if name not in ("published", "peft") else build_adamw(net, cfg.optimizer)
+    theirs = name.startswith(("published", "peft"))
+    optimizer = build_adamw(net, cfg.optimizer) if theirs else method.build_optimizer(net)
     run: nn.Module = TokenLoss(net, cfg.train, compiled=args.compile)
     generator = torch.Generator().manual_seed(1)
     weights = torch.ones(args.micro_batch_rows, device=device)

@@ -2,10 +2,12 @@
 
 python -m relora_ray.ablations TABLE.yaml --out FOLDER [key=value ...]
 
-Every row is trained by the ordinary loop, in a process of one thread, at every point of the grid with the first seed;
-the point of lowest held-out loss is then repeated with the other seeds. FOLDER gets results.json (every run), README.md
-(the tables) and curves.png after each run. A run that results.json has is not repeated, one that was interrupted goes
-on from its checkpoint. The runs themselves lie under the table's `storage`.
+Every row is trained by the ordinary loop, in a process of one thread, at every point of the grid with the first seed.
+As long as the point of lowest held-out loss has a neighbour that was not tried, beyond the grid's edge too, that is
+tried (`extend`). The best point is then repeated with the other seeds, and judged on other held-out text than what
+chose it (`report_rows`). Rows are compared seed by seed with the row that `against` names. FOLDER gets results.json
+(every run), README.md (the tables) and curves.png after each run. A run that results.json has is not repeated, one that
+was interrupted goes on from its checkpoint. The runs themselves lie under the table's `storage`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from itertools import product
@@ -49,6 +51,8 @@ class Row(Section):
     """Keys of the run's config, or whole sections, that make this row."""
     grid: dict[str, tuple[float, ...]] | None = None
     """Instead of the table's."""
+    against: str | None = None
+    """Instead of the table's."""
 
 
 class Table(Section):
@@ -63,6 +67,14 @@ class Table(Section):
     """Values of config keys; every row is tried at all combinations."""
     warm_start_learning_rate: float | None = None
     """Learning rate of warm starts, the same for every row and grid point."""
+    extend: int = Field(0, ge=0)
+    """How many points a row may try besides its grid, to have both neighbours of the best one in every key. Beyond the
+    grid's edge values go on by the ratio of the last two."""
+    report_rows: int | None = Field(None, gt=0)
+    """Validation rows that the best point is judged by, evenly spaced over those behind the `train.eval_rows` that
+    choose it. None: by the same."""
+    against: str | None = None
+    """The row that the others are compared with, seed by seed."""
     rows: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -72,6 +84,9 @@ class Table(Section):
             ("seeds has twice", list(self.seeds)),
             *((f"grid has twice for {key}", list(grid[key])) for grid in self.grids for key in grid),
         ]
+        names = [row.name for row in self.rows]
+        if unknown := [a for a in (self.against, *(row.against for row in self.rows)) if a and a not in names]:
+            raise ValueError(f"against={unknown[0]} is no row. There are {', '.join(names)}")
         for what, values in lists:
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{what} {twice[0]}: every run counts once")
@@ -150,9 +165,12 @@ class Results:
             except (ValueError, KeyError, TypeError) as error:
                 raise DamagedError(f"{self._path} does not hold results. Restore it, or delete it.") from error
 
-    def get(self, cfg: RunConfig) -> Record | None:
-        """Runs of versions that went by the place of `model.huggingface` are known by that."""
-        return self.records.get(identity(cfg)) or self.records.get(identity(_with_architecture(cfg, "")))
+    def get(self, cfg: RunConfig, report_rows: int | None = None) -> Record | None:
+        """None, too, if the run was not judged by so many rows. Runs of versions that went by the place of
+        `model.huggingface` are known by that."""
+        found = self.records.get(identity(cfg)) or self.records.get(identity(_with_architecture(cfg, "")))
+        judged = report_rows is None or not has_loss(found) or found.get("report_rows") == report_rows
+        return found if judged else None
 
     def add(self, record: Record) -> None:
         self.records[record["identity"]] = record
@@ -179,18 +197,22 @@ def identity(cfg: RunConfig) -> str:
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_one(cfg: RunConfig) -> Record:
+def run_one(cfg: RunConfig, report_rows: int | None = None) -> Record:
     """Train one run to its end, in this process; its record. A run that diverges has no loss."""
     from relora_ray import metrics
-    from relora_ray.loop import run_attempt
+    from relora_ray.loop import loss_on, open_batches, run_attempt
     from relora_ray.parallel import World
     from relora_ray.runs import check_run, run_storage
 
-    diverged = ""
+    diverged, reported = "", dict[str, Any]()
     # A row that diverges is a result: nothing may save it.
     cfg = check_run(cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_rollbacks": 0})}))
     try:
-        run_attempt(cfg, World())
+        state = run_attempt(cfg, World())
+        if report_rows is not None:
+            behind = open_batches(cfg, World()).validation.rows_behind(cfg.train.eval_rows, report_rows)
+            loss, _ = loss_on(cfg, World(), state.model, behind)
+            reported = {"report_rows": report_rows, "reported": loss}
     except NonFiniteError as error:
         diverged = str(error)
     storage = run_storage(cfg)
@@ -204,6 +226,7 @@ def run_one(cfg: RunConfig) -> Record:
         "seed": cfg.seed,
         "loss": None if diverged else evals[cfg.steps],
         "diverged": diverged,
+        **reported,
         "evals": evals,
         "tokens": steps[-1]["tokens"],
         "num_trainable": structures[-1]["num_trainable"],
@@ -222,7 +245,7 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
     for key in (override.partition("=")[0].strip() for override in overrides):
         if key in table.decided:
             raise ConfigError(f"{key} is decided by the table, run by run, and cannot be overridden. Change the table.")
-    first, *others = table.seeds
+    first = table.seeds[0]
     one = table.config(table.rows[0], table.points(table.rows[0])[0], first, overrides)
     overrides = [*overrides, f"data.fingerprint={open_data(one).fingerprint}"]
     for row in table.rows:  # a mistake in the last row is found before the first is trained
@@ -233,25 +256,26 @@ def run_table(table: Table, out: Path, overrides: list[str], *, jobs: int) -> No
     os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the number of threads
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
-        running: dict[Future[Record], Row] = {}
-        waiting = {row.name: row for row in table.rows}
+        running: dict[Future[Record], str] = {}
+        searching = list(table.rows)
 
-        submitted: set[str] = set()
+        def submit(cfg: RunConfig, report_rows: int | None) -> None:
+            if identity(cfg) not in running.values():  # two rows may share a run
+                running[pool.submit(run_one, _as_it_began(cfg), report_rows)] = identity(cfg)
 
-        def submit(row: Row, cfg: RunConfig) -> None:
-            if results.get(cfg) is None and identity(cfg) not in submitted:  # two rows may share a run
-                submitted.add(identity(cfg))
-                running[pool.submit(run_one, _as_it_began(cfg))] = row
-
-        for row in table.rows:
-            for point in table.points(row):
-                submit(row, table.config(row, point, first, overrides))
         while True:
-            for name in [n for n in waiting if not any(row.name == n for row in running.values())]:
-                row = waiting.pop(name)
-                if (best := collect(table, row, results, overrides).best) is not None:
-                    for seed in others:
-                        submit(row, table.config(row, best, seed, overrides))
+            for row in list(searching):
+                found = collect(table, row, results, overrides)
+                wanted: list[tuple[RunConfig, int | None]] = [
+                    (table.config(row, point, first, overrides), None) for point in found.untried
+                ]
+                if not wanted and found.best is not None:
+                    chosen = [table.config(row, found.best, seed, overrides) for seed in table.seeds]
+                    wanted = [(c, table.report_rows) for c in chosen if results.get(c, table.report_rows) is None]
+                if not wanted:
+                    searching.remove(row)
+                for cfg, report_rows in wanted:
+                    submit(cfg, report_rows)
             write_up(table, results, out, overrides)
             if not running:
                 return
@@ -285,19 +309,33 @@ class RowResults:
 
     row: Row
     grid: list[tuple[Point, Record | None]]
-    """With the first seed."""
+    """With the first seed; what was tried beyond the grid is at the end."""
     seeds: list[Record]
     """At the best point: as many as have been run."""
+    beyond: int
+    """How many of the points were not in the grid."""
+    open_keys: list[str]
+    """Keys in which the best point has a neighbour that was not tried."""
+
+    @property
+    def untried(self) -> list[Point]:
+        """What is still to be run with the first seed."""
+        return [point for point, record in self.grid if record is None]
 
     @property
     def best(self) -> Point | None:
         """The grid point of lowest loss, or None if all diverged or none was run."""
-        losses = [(record["loss"], number) for number, (_, record) in enumerate(self.grid) if has_loss(record)]
-        return self.grid[min(losses)[1]][0] if losses else None
+        return _best(self.grid)
 
-    @property
-    def losses(self) -> list[float]:
-        return [record["loss"] for record in self.seeds if has_loss(record)]
+    def losses(self, table: Table) -> dict[int, float]:
+        """What the best point is judged by, by seed."""
+        name = "loss" if table.report_rows is None else "reported"
+        return {record["seed"]: record[name] for record in self.seeds if has_loss(record)}
+
+
+def _best(grid: Sequence[tuple[Point, Record | None]]) -> Point | None:
+    losses = [(record["loss"], number) for number, (_, record) in enumerate(grid) if has_loss(record)]
+    return grid[min(losses)[1]][0] if losses else None
 
 
 def has_loss(record: Record | None) -> TypeGuard[Record]:
@@ -305,39 +343,86 @@ def has_loss(record: Record | None) -> TypeGuard[Record]:
 
 
 def collect(table: Table, row: Row, results: Results, overrides: list[str]) -> RowResults:
+    """What the results say of a row, and what they ask for: the same whenever it is asked."""
     first = table.seeds[0]
-    grid = [(point, results.get(table.config(row, point, first, overrides))) for point in table.points(row)]
-    found = RowResults(row, grid, [])
-    if found.best is None:
-        return found
-    seeds = [results.get(table.config(row, found.best, seed, overrides)) for seed in table.seeds]
-    return replace(found, seeds=[record for record in seeds if record is not None])
+
+    def look_up(points: Sequence[Point]) -> list[tuple[Point, Record | None]]:
+        return [(point, results.get(table.config(row, point, first, overrides))) for point in points]
+
+    def is_run(point: Point) -> bool:
+        try:
+            table.config(row, point, first, overrides)
+        except ConfigError:
+            return False
+        return True
+
+    grid, beyond, around = look_up(table.points(row)), 0, list[tuple[str, Point]]()
+    while all(record is not None for _, record in grid) and (best := _best(grid)) is not None:
+        tried = [point for point, _ in grid]
+        around = [(key, p) for key, p in _neighbours(best, tried) if p not in tried and is_run(p)]
+        if not around or beyond + len(around) > table.extend:
+            break
+        beyond += len(around)
+        grid += look_up([point for _, point in around])
+        around = []
+    seeds: list[Record | None] = []
+    if (best := _best(grid)) is not None and all(record is not None for _, record in grid):
+        configs = [table.config(row, best, seed, overrides) for seed in table.seeds]
+        seeds = [results.get(cfg, table.report_rows) for cfg in configs]
+    open_keys = list(dict.fromkeys(key for key, _ in around))
+    return RowResults(row, grid, [record for record in seeds if record is not None], beyond, open_keys)
+
+
+def _neighbours(best: Point, tried: Sequence[Point]) -> Iterator[tuple[str, Point]]:
+    """The points one step from `best` in each key that has several values: to the next value that was tried, or, where
+    there is none, on by the ratio of the last two."""
+    for key, value in best.items():
+        values = sorted({point[key] for point in tried})
+        if len(values) < 2 or values[0] <= 0:
+            continue
+        at = values.index(value)
+        lower = values[at - 1] if at else float(f"{value * value / values[1]:.6g}")
+        higher = values[at + 1] if at + 1 < len(values) else float(f"{value * value / values[-2]:.6g}")
+        yield from ((key, best | {key: neighbour}) for neighbour in (lower, higher))
 
 
 def write_up(table: Table, results: Results, out: Path, overrides: list[str]) -> None:
     rows = [collect(table, row, results, overrides) for row in table.rows]
     (out / "README.md").write_text("\n".join(_page(table, rows)) + "\n")
-    _plot(table.title, [row for row in rows if row.losses], out / "curves.png")
+    _plot(table.title, [row for row in rows if row.losses(table)], out / "curves.png")
 
 
 def _page(table: Table, rows: list[RowResults]) -> Iterator[str]:
     yield f"# {table.title}\n"
     if table.text:
         yield table.text.strip() + "\n"
-    yield "| | trained parameters | grid point | held-out loss | perplexity | by seed |"
-    yield "|---|---|---|---|---|---|"
+    compared = any(against for against in (table.against, *(row.against for row in table.rows)))
+    against = "| against, seed by seed " if compared else ""
+    yield f"| | trained parameters | grid point | held-out loss | perplexity {against}| by seed |"
+    yield f"|---|---|---|---|---{'|---' if compared else ''}|---|"
+    by_name = {found.row.name: found for found in rows}
     for found in rows:
-        yield _row(found)
-    yield (
-        f"\nLoss in nats per token, mean and standard deviation over seeds {', '.join(map(str, table.seeds))}. "
-        f"The first of them also chose the grid point, which favours rows with larger grids a little."
-    )
+        yield _row(table, found, by_name, compared)
+    yield f"\nLoss in nats per token, mean and standard deviation over seeds {', '.join(map(str, table.seeds))}."
+    if table.report_rows is None:
+        yield "The first of them also chose the grid point, which favours rows with larger grids a little."
+    else:
+        cfg = table.config(table.rows[0], table.points(table.rows[0])[0], table.seeds[0], [])
+        yield (
+            f"The point was chosen with the first of them on {cfg.train.eval_rows * cfg.data.seq_len:,} held-out "
+            f"tokens, and judged on {table.report_rows * cfg.data.seq_len:,} others, spread over the rest of that text."
+        )
+    if compared:
+        yield (
+            "Against: the mean difference to the named row of runs with the same seed, and its 95 % interval (t). "
+            "Each interval is of one comparison by itself: of twenty between equals one is expected to exclude zero."
+        )
     yield f"\n## The grid, seed {table.seeds[0]}\n"
     yield "| | held-out loss at each point |"
     yield "|---|---|"
     for found in rows:
         points = (f"{_point(point)}: {_loss(record)}" for point, record in found.grid)
-        yield f"| {found.row.label} | {'; '.join(points)}{_at_edge(found)} |"
+        yield f"| {found.row.label} | {'; '.join(points)}{_said_of_edges(found)} |"
     yield "\n![held-out loss over the run](curves.png)\n"
     runs = {r["identity"]: r for f in rows for r in (*(r for _, r in f.grid if r is not None), *f.seeds)}
     for what, of in (("Machine", "machine"), ("Version", "version"), ("Data", "data_fingerprint")):
@@ -351,31 +436,59 @@ def _page(table: Table, rows: list[RowResults]) -> Iterator[str]:
     yield f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)}```"
 
 
-def _at_edge(found: RowResults) -> str:
-    """A note where the best point has the smallest or largest value of three or more: a better one may lie beyond."""
-    edges = []
-    for key, value in (found.best or {}).items():
-        values = sorted({point[key] for point, _ in found.grid})
-        if len(values) > 2 and value in (values[0], values[-1]):
-            edges.append(key)
-    return f"; best at the edge of {', '.join(edges)}" if edges else ""
+def _said_of_edges(found: RowResults) -> str:
+    """A note where a better point may lie next to the best one."""
+    beyond = f"; {found.beyond} of them beyond the grid" if found.beyond else ""
+    return beyond + (f"; best at the edge of {', '.join(found.open_keys)}" if found.open_keys else "")
 
 
-def _row(found: RowResults) -> str:
+def _row(table: Table, found: RowResults, rows: dict[str, RowResults], compared: bool) -> str:
+    empty = "| " if compared else ""
     if found.best is None:
-        state = "diverged" if any(record is not None for _, record in found.grid) else "not run yet"
-        return f"| {found.row.label} | | | {state} | | |"
-    losses, one = found.losses, found.seeds[0]
+        state = "diverged" if found.grid and not found.untried else "not run yet"
+        return f"| {found.row.label} | | | {state} | {empty}| |"
+    run = sum(record is not None for _, record in found.grid)
+    if not found.seeds:
+        part = f"{_point(found.best)} (so far: {run} of {len(found.grid)} points run)"
+        return f"| {found.row.label} | | {part} | not run yet | {empty}| |"
+    by_seed, one = found.losses(table), found.seeds[0]
+    losses = list(by_seed.values())
+    mean = statistics.fmean(losses)
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     if len(losses) < len(found.seeds):
         spread += f" ({len(found.seeds) - len(losses)} of {len(found.seeds)} diverged)"
-    mean = statistics.fmean(losses)
-    run = sum(record is not None for _, record in found.grid)
-    part = "" if run == len(found.grid) else f" (so far: {run} of {len(found.grid)} points run)"
+    other = found.row.against or table.against
+    difference = ""
+    if compared:
+        difference = f"| {_difference(by_seed, rows[other], table) if other and other != found.row.name else ''} "
+    each = ", ".join(f"{by_seed[r['seed']]:.4f}" if has_loss(r) else "diverged" for r in found.seeds)
     return (
-        f"| {found.row.label} | {one['num_trainable']:,} | {_point(found.best)}{part} "
-        f"| {mean:.4f}{spread} | {math.exp(mean):.3f} | {', '.join(map(_loss, found.seeds))} |"
+        f"| {found.row.label} | {one['num_trainable']:,} | {_point(found.best)} "
+        f"| {mean:.4f}{spread} | {math.exp(mean):.3f} {difference}| {each} |"
     )
+
+
+def _difference(by_seed: dict[int, float], other: RowResults, table: Table) -> str:
+    theirs = other.losses(table)
+    differences = [loss - theirs[seed] for seed, loss in by_seed.items() if seed in theirs]
+    if len(differences) < 2:
+        return f"{other.row.label}: -"
+    low, high = interval(differences)
+    zero = ", includes zero" if low <= 0 <= high else ""
+    return f"{other.row.label}: {statistics.fmean(differences):+.4f} ± {(high - low) / 2:.4f}{zero}"
+
+
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086)  # fmt: skip
+"""97.5 % points of Student's t by degrees of freedom, from 1."""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of at least two values, by Student's t."""
+    freedom = len(values) - 1
+    t = _T[freedom - 1] if freedom <= len(_T) else _T[-1]  # a little wide
+    mean, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def _loss(record: Record | None) -> str:

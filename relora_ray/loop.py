@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Protocol
@@ -260,26 +260,31 @@ def train(
             save(wanted=wanted)
 
 
-def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource) -> Record:
-    """Loss per token on the first `eval_rows` validation rows: the same rows at any world size. Every rank."""
-    state.model.eval()
-    loss = TokenLoss(state.model, cfg.train)
-    began = time.perf_counter()
+def loss_on(cfg: RunConfig, world: World, model: nn.Module, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+    """Loss per token, in nats, and the number of tokens, of all ranks' batches. Every rank."""
+    model.eval()
+    loss = TokenLoss(model, cfg.train)
     total, num_rows = 0.0, 0.0
     with torch.no_grad():
-        for batch in validation.first_rows(cfg.train.eval_rows):
+        for batch in batches:
             total += float(_loss_sum(loss, batch))
             num_rows += float(batch.weights.sum())
-    state.model.train()
+    model.train()
     total, num_rows = world.sum(total, num_rows)
     tokens = num_rows * cfg.data.seq_len
-    per_token = total / tokens
+    return total / tokens, int(tokens)
+
+
+def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource) -> Record:
+    """Loss per token on the first `eval_rows` validation rows: the same rows at any world size. Every rank."""
+    began = time.perf_counter()
+    per_token, tokens = loss_on(cfg, world, state.model, validation.first_rows(cfg.train.eval_rows))
     return {
         "kind": "eval",
         "step": state.position.step,
         "loss": per_token,
         "perplexity": perplexity(per_token),
-        "tokens": int(tokens),
+        "tokens": tokens,
         "eval_s": time.perf_counter() - began,
     }
 

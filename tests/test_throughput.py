@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.throughput import PublishedLinear, linear_flops
+from benchmarks.throughput import PublishedLinear, _layer, linear_flops, trainee
 from relora_ray.config import LoraConfig
 from relora_ray.methods.lowrank import LowRankLinear
 
@@ -33,7 +35,7 @@ def test_published_layer_is_ours_but_for_its_dropout() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 24, bias=False)
     linear.weight.data = linear.weight.data.bfloat16().float()
-    published = PublishedLinear(linear, 4, 32.0).eval()
+    published = PublishedLinear(linear, 4, 32.0, dropout=0.1).eval()
     ours = LowRankLinear(linear, LoraConfig(lora_rank=4, alpha=32.0))
     with torch.no_grad():
         published.lora_B.weight.normal_()
@@ -45,10 +47,31 @@ def test_published_layer_is_ours_but_for_its_dropout() -> None:
             assert not torch.equal(published.train()(x), published.eval()(x)), "as shipped, it has dropout"
 
 
+@pytest.mark.parametrize("name", ["relora", "published", "peft"])
+def test_every_opponent_comes_with_and_without_dropout(name: str) -> None:
+    """Of one layer, and of each in a model: the share of the input that a row leaves out."""
+    args = argparse.Namespace(device="cpu", size="9m", layers=1, seq_len=16, rank=4, rows=1, micro_batch_rows=1,
+                              compile=False)  # fmt: skip
+    for which, expected in ((name, 0.0), (f"{name}-dropout", 0.1)):
+        layers = [_layer(which, nn.Linear(16, 24, bias=False), 4)]
+        layers += [
+            m for m in trainee(args, which).net.modules() if "Linear" in type(m).__name__ and hasattr(m, "lora_A")
+        ]
+        assert len(layers) == 8
+        assert [_dropout(layer) for layer in layers] == [expected] * 8
+
+
+def _dropout(layer: Any) -> float:
+    if isinstance(layer, LowRankLinear):
+        return layer.dropout
+    found = layer.dropout if isinstance(layer, PublishedLinear) else layer.lora_dropout["default"]
+    return float(found.p) if isinstance(found, nn.Dropout) else 0.0
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        "layer --shapes 32x48 --tokens 16 --rank 4 --rounds 2 --variants relora published",
+        "layer --shapes 32x48 --tokens 16 --rank 4 --rounds 2 --variants relora published-dropout",
         "model --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --variants relora",
     ],
 )
@@ -57,7 +80,7 @@ def test_page_has_a_row_for_every_variant(command: str) -> None:
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "in which all take turns. `python -m benchmarks.throughput " + command.split()[0] in done.stdout
-    names = re.findall(r"^\| (?:32x48 \| )?(full|relora|published) \|", done.stdout, re.MULTILINE)
+    names = re.findall(r"^\| (?:32x48 \| )?(full|relora|published-dropout) \|", done.stdout, re.MULTILINE)
     assert names == ["full", *command.partition("--variants ")[2].split()]
     assert re.search(r"\| full \|.*\| 1\.00 \| 1\.00 \| 1\.00 \|", done.stdout)
 

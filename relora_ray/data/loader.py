@@ -10,6 +10,7 @@ import torch
 
 from relora_ray.data.order import Indices, rank_slots, step_rows
 from relora_ray.data.tokens import TokenRows
+from relora_ray.errors import DataError
 from relora_ray.parallel import World
 
 
@@ -46,6 +47,16 @@ class BatchSource:
     def first_rows(self, num_rows: int) -> Iterator[MicroBatch]:
         """This rank's share of the first `num_rows` rows, in order: for evaluation."""
         return self._share(np.arange(min(num_rows, self._rows.num_rows), dtype=np.int64))
+
+    def rows_behind(self, first: int, num_rows: int) -> Iterator[MicroBatch]:
+        """This rank's share of `num_rows` rows, evenly spaced over those behind the `first` ones: for an evaluation on
+        other text than what `first_rows` has. DataError if there are fewer."""
+        if (there := self._rows.num_rows - first) < num_rows:
+            raise DataError(
+                f"{num_rows} rows are wanted behind the first {first} of the validation rows, and there are {there}. "
+                f"Hold out more text, or ask for fewer."
+            )
+        return self._share(first + np.arange(num_rows, dtype=np.int64) * there // num_rows)
 
     def _share(self, order: Indices) -> Iterator[MicroBatch]:
         slots = rank_slots(len(order), rank=self._world.rank, world_size=self._world.size)
