@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", nargs="+", help="of those that there are; full is always one")
+    parser.add_argument("--product-side", type=int, help="of the square product that says how fast the machine is")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -388,7 +389,7 @@ def model_flops(cfg: RunConfig, rank: int, order: str) -> float:
 
 def product_flops(args: argparse.Namespace) -> float:
     """Multiplications and additions per second of a large bf16 product: the best of several."""
-    n = PRODUCT[args.device]
+    n = args.product_side or PRODUCT[args.device]
     torch.set_num_threads(args.threads)
     a, b = (torch.randn(n, n, device=args.device).bfloat16() for _ in range(2))
 

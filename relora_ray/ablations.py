@@ -84,6 +84,8 @@ class Table(Section):
             ("seeds has twice", list(self.seeds)),
             *((f"grid has twice for {key}", list(grid[key])) for grid in self.grids for key in grid),
         ]
+        if empty := [key for grid in self.grids for key, values in grid.items() if not values]:
+            raise ValueError(f"grid has no value for {empty[0]}")
         names = [row.name for row in self.rows]
         if unknown := [a for a in (self.against, *(row.against for row in self.rows)) if a and a not in names]:
             raise ValueError(f"against={unknown[0]} is no row. There are {', '.join(names)}")

@@ -568,6 +568,9 @@ STRUCTURAL = ("method.leave_out", "model.frozen")
 """Settings that decide which tensors there are. A run whose version did not have them may be given any that fit its
 checkpoints."""
 
+MAX_CYCLES = 1_000_000
+
+
 _OPERATIONAL = (
     "name", "storage", "data.path", "data.storage_options", "checkpoint.", "cluster.",
     "tokens",  # steps says it
@@ -646,6 +649,16 @@ def _cycle_problems(cfg: RunConfig) -> list[str]:
             f"method.warm_start_steps={warm} is not less than steps={cfg.steps}: nothing would be left for "
             f"{cfg.method.kind}. Raise steps or shorten the warm start."
         ]
+    for name, every in (
+        ("method.merge_every_steps", merge),
+        ("schedule.restart_every_steps", cfg.schedule.restart_every_steps),
+    ):
+        shortest = min(every.values()) if isinstance(every, Plan) else every
+        if shortest and cfg.steps // shortest > MAX_CYCLES:
+            return [
+                f"steps={cfg.steps} with {name}={every} is {cfg.steps // shortest:,} cycles, more than {MAX_CYCLES:,}. "
+                f"Is steps a number of tokens? Those are given as tokens={cfg.steps}."
+            ]
     if merge and cfg.merges[-1] != cfg.steps:
         near = cfg.merges[-2:]
         return [

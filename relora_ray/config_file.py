@@ -6,6 +6,7 @@ that lists every problem. The command line overrides keys and adds none.
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from pathlib import Path
@@ -47,6 +48,12 @@ def parse_mapping(text: str, overrides: list[str] | None = None, *, source: str 
         raise ConfigError(
             f"{source} holds {type(raw).__name__}, not a mapping of sections. See configs/quickstart.yaml."
         )
+    try:
+        json.dumps(raw, default=str)
+    except (ValueError, RecursionError, TypeError):
+        raise ConfigError(
+            f"{source} refers to itself, by an anchor (&) within what it names, or is nested too deep."
+        ) from None
     for item in overrides or []:
         _apply_override(raw, item)
     # A section whose lines are all commented out is null in YAML: it has its defaults.
@@ -69,8 +76,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars (`010` is text, `13:20` and `no` too, `1e-3` is a number), and no key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
+        own = [key for key, _ in node.value if key.tag != f"{_TAG}merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
+        for key, key_node in zip(keys, own, strict=True):
             if keys.count(key) > 1:
                 line = key_node.start_mark.line + 1
                 raise yaml.YAMLError(f"key {key!r} is there twice, once at line {line}. Keep one.")

@@ -18,9 +18,9 @@ from relora_ray.storage import Storage, add_options_argument, parse_options
 
 
 def export(run: Storage, out: Storage, *, step: int | None = None, dtype: torch.dtype = torch.float32) -> int:
-    """Export the newest checkpoint, or the one at `step`; returns its step. OUT must hold no model yet."""
-    if out.exists("config.json"):
-        raise ConfigError(f"{out.url} holds a model already. Choose another folder, or delete it first.")
+    """Export the newest checkpoint, or the one at `step`; returns its step. OUT must be empty."""
+    if found := out.list():
+        raise ConfigError(f"{out.url} is not empty: {found[0]} is there. Choose another folder, or delete it first.")
     trained = load_trained(run, step)
     dense = trained.method.dense_state_dict(trained.model)
     export_model(find_setting(trained.storage), trained.cfg, trained.model, dense, out, dtype=dtype)

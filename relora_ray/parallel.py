@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from relora_ray import errors
 from relora_ray.errors import RankFailedError, RanksDisagreeError, ReloraError
+from relora_ray.replicas import disagreement
 from relora_ray.verdict import in_words, verdict
 
 logger = logging.getLogger(__name__)
@@ -189,22 +190,6 @@ def _error_of(told: dict[str, Any], rank: int, *, named: bool = False) -> Relora
         setattr(error, name, value)
     error.rank = rank
     return error
-
-
-def disagreement(digests: Sequence[int]) -> str:
-    """What to say of the ranks' digests: which of them are odd, or "" if all are equal."""
-    size = len(digests)
-    majority = max(set(digests), key=lambda d: (digests.count(d), -digests.index(d)))
-    odd = [rank for rank, d in enumerate(digests) if d != majority]
-    if not odd:
-        return ""
-    who = f"rank(s) {odd} hold other values than the other {size - len(odd)} of {size} ranks"
-    if 2 * digests.count(majority) <= size:
-        who = f"the {size} ranks hold different values, and none has a majority"
-    return (
-        f"{who}. Replicas must be equal: suspect a machine's memory, or processors of different kinds (their rounding "
-        f"differs). Nothing was saved from this state; the last checkpoint is good."
-    )
 
 
 @torch.no_grad()

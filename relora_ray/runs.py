@@ -46,8 +46,9 @@ from relora_ray.errors import CheckpointError, ConfigError, DamagedError, DataEr
 from relora_ray.hf_export import check_exported_tokenizer, export_config, load_exported_tokenizer, write_hf_folder
 from relora_ray.methods import Method, build_method
 from relora_ray.model import build_model, check_causal, embedding_rows
+from relora_ray.places import data_storage, options_for, run_storage
 from relora_ray.reference import is_reference_folder, read_reference
-from relora_ray.storage import Options, Storage
+from relora_ray.storage import Storage
 from relora_ray.weights import (
     check_function,
     check_shapes,
@@ -67,23 +68,6 @@ MODEL = "model"
 COPYING = "copying.json"
 """In a folder to which `checkpoints copy` is yet to copy the rest. It is no run."""
 MAX_SETTING_BYTES = 2**28
-
-
-def run_storage(cfg: RunConfig) -> Storage:
-    return Storage(cfg.storage, cfg.storage_options, retry_s=cfg.storage_retry_s).child(cfg.name)
-
-
-def data_storage(cfg: RunConfig) -> Storage:
-    return Storage(
-        cfg.data.path, _options_for(cfg.data.path, cfg, cfg.data.storage_options), retry_s=cfg.storage_retry_s
-    )
-
-
-def _options_for(url: str, cfg: RunConfig, own: Options | None = None) -> Options:
-    """`own` options, or else the run's if the URL is of the same kind as its storage."""
-    if own is not None:
-        return own
-    return cfg.storage_options if url.partition("://")[0] == cfg.storage.partition("://")[0] else {}
 
 
 def open_data(cfg: RunConfig) -> DataIndex:
@@ -370,7 +354,7 @@ def new_model(cfg: RunConfig) -> nn.Module:
         if kind == "reference":
             copy_weights(model, read_reference(place), what)
         elif kind == "run":
-            trained = load_trained(Storage(place, _options_for(place, cfg)), step)
+            trained = load_trained(Storage(place, options_for(place, cfg)), step)
             copy_weights(model, trained.method.dense_state_dict(trained.model), what)
         else:
             load_weights(model, place)
@@ -387,7 +371,7 @@ def check_init_from(cfg: RunConfig, shell: nn.Module) -> None:
     if kind == "reference":
         check_shapes(shell.state_dict(), read_reference(place, device="meta"), what)
     elif kind == "run":
-        setting = find_setting(Storage(place, _options_for(place, cfg)))
+        setting = find_setting(Storage(place, options_for(place, cfg)))
         existing_step(setting.run, step)
         theirs = setting.config()
         other = build_model(
@@ -403,7 +387,7 @@ def _check_function(cfg: RunConfig, model: nn.Module) -> None:
     """Of a run and a published checkpoint, what `weights.py` does for other folders: see `weights.check_function`."""
     (place, _, kind), what = _init_from(cfg), f"model.init_from={cfg.model.init_from!r}"
     if kind == "run":
-        setting = find_setting(Storage(place, _options_for(place, cfg)))
+        setting = find_setting(Storage(place, options_for(place, cfg)))
         theirs = setting.config()
         check_function(hf_config(theirs.model, theirs.data.seq_len, setting.architecture()), model.config, what)
     elif kind == "reference" and is_hf_folder(place):
@@ -419,13 +403,13 @@ def _init_from(cfg: RunConfig) -> tuple[str, int | None, Literal["reference", "r
     local = "://" not in place
     if local and is_reference_folder(place):
         return place, None, "reference"
-    if not (local and is_hf_folder(place)) and is_run(Storage(place, _options_for(place, cfg))):
+    if not (local and is_hf_folder(place)) and is_run(Storage(place, options_for(place, cfg))):
         return place, step, "run"
     return (source if step is not None else place), None, "folder"
 
 
 def _is_place(cfg: RunConfig, place: str) -> bool:
-    return is_there(place) if "://" not in place else is_run(Storage(place, _options_for(place, cfg)))
+    return is_there(place) if "://" not in place else is_run(Storage(place, options_for(place, cfg)))
 
 
 def check_embedding(cfg: RunConfig, model: nn.Module) -> None:

@@ -161,12 +161,13 @@ def _by_kind(run: RunSpectrum) -> dict[str, list[Spectrum]]:
 def _plot(runs: list[RunSpectrum], path: Path) -> None:
     """Singular values above rounding by index, mean over the blocks, one panel per kind of layer."""
     plt = pyplot()
-    kinds = list(_by_kind(runs[0]))
+    kinds = list(dict.fromkeys(kind for run in runs for kind in _by_kind(run)))  # architectures may differ
     rows = -(-len(kinds) // 4)
     figure, panels = plt.subplots(rows, min(4, len(kinds)), figsize=(14, 3.2 * rows + 0.6), squeeze=False)
     for panel, kind in zip(panels.flat, kinds, strict=False):
         for run in runs:
-            layers = _by_kind(run)[kind]
+            if not (layers := _by_kind(run).get(kind)):
+                continue
             rank = max(1, *(layer.rank for layer in layers))  # beyond it there is rounding only
             means = torch.tensor([layer.singular_values[:rank] for layer in layers]).mean(0)
             panel.loglog(range(1, rank + 1), means, marker="." if rank < 20 else "", label=run.name)

@@ -114,7 +114,9 @@ def made_up(table: Table, loss: Callable[[Point, int], float]) -> Callable[[], R
     return go_on
 
 
-@pytest.mark.parametrize(("extend", "best", "at_edge"), [(8, 16e-2, []), (4, 8e-2, ["optimizer.learning_rate"])])
+@pytest.mark.parametrize(
+    ("extend", "best", "at_edge"), [(8, 16e-2, []), (4, 8e-2, ["method.alpha", "optimizer.learning_rate"])]
+)
 def test_search_goes_on_until_both_neighbours_of_the_best_were_tried(
     table: Path, extend: int, best: float, at_edge: list[str]
 ) -> None:
@@ -194,6 +196,7 @@ def test_nothing_is_trained_when_one_row_is_wrong(table: Path, data: Path, tmp_p
         ({"seeds": [1, 1]}, "seeds has twice 1"),
         ({"rows": raw["rows"] + raw["rows"][:1]}, "two rows have the name full"),
         ({"grid": {"method.alpha": [8, 8]}}, "grid has twice for method.alpha 8"),
+        ({"grid": {"method.alpha": []}}, "grid has no value for method.alpha"),
         ({"against": "lora"}, "against=lora is no row. There are full, broken, relora"),
     ):
         table.write_text(yaml.safe_dump(raw | change))

@@ -45,7 +45,7 @@ def yaml_file(tmp_path: Path) -> Path:
         ("model.vocab_size=100", "DataError: model.vocab_size=100 is less than the 2048 token ids"),
         ("data.fingerprint=0123456789abcdef", "but the run needs 0123456789abcdef"),
         ("data.seq_len=100000", "not enough for one row of data.seq_len=100000"),
-        ("data.path=foo://x", "ConfigError: foo://x cannot be used as storage: Protocol not known"),
+        ("data.path=foo://x", "ConfigError: data.path='foo://x' is of scheme foo:, where objects cannot be kept"),
         ("storage=/dev/null", "StorageError: cannot "),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from relora_ray.config_file import load_config, parse_config, to_yaml
+from relora_ray.config_file import load_config, parse_config, parse_mapping, to_yaml
 from relora_ray.errors import ConfigError
 from relora_ray.sizes import LLAMA_SIZES
 from tests.tiny import TINY
@@ -329,3 +329,15 @@ def test_config_can_be_a_key() -> None:
     assert {first, second} == {first}
     assert hash(first) != hash(parse_config(TINY))
     assert parse_config(to_yaml(first)) == first
+
+
+def test_yaml_may_merge_and_must_not_contain_itself() -> None:
+    both = parse_mapping("train: &t {micro_batch_rows: 4, eval_rows: 8}\nother:\n  <<: *t\n  eval_rows: 9")
+    assert both["other"] == {"micro_batch_rows": 4, "eval_rows": 9}
+    with pytest.raises(ConfigError, match="refers to itself"):
+        parse_config("model: &m {x: *m}")
+
+
+def test_tokens_given_as_steps_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"steps=9999999999 with method\.merge_every_steps=150 is 66,666,666 cycles"):
+        load_config(QUICKSTART, ["steps=9999999999"])

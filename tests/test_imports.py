@@ -16,7 +16,7 @@ PACKAGE = ROOT / "relora_ray"
 
 RANKS = {
     "errors": 0, "verdict": 1, "hub": 0, "clock": 0, "masking": 0, "location": 0, "keyed": 0, "sizes": 0, "plan": 0,
-    "config": 1, "storage": 1, "cli": 2, "data.order": 1,
+    "replicas": 0, "config": 1, "storage": 1, "places": 2, "cli": 2, "data.order": 1,
     "schedule": 2, "config_file": 2, "plots": 2, "architecture": 2, "optim": 2, "reference": 2, "parallel": 2,
     "token_loss": 2, "small": 2,
     "model": 2.3, "weights": 2.3, "hf_export": 2.6,
@@ -115,3 +115,11 @@ assert state.position.step == 12
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert tiny_config(data, tmp_path).name == "tiny"
+
+
+def test_coordinator_and_what_only_commits_start_without_torch() -> None:
+    """It would take seven seconds of a processor and 300 MB more, at every start and restart."""
+    code = (
+        "import sys, relora_ray.runtime.coordinator; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -247,7 +247,7 @@ launch {cfg} --wiat                            | unrecognized arguments: --wiat
 @ steps=[                                      | not valid YAML
 @ seed.x=1                                     | 'seed' is a value, not a section
 @ method.kind=rolera                           | is not a method
-@ storage=foo://x/y                            | Protocol not known: foo
+@ storage=foo://x/y                            | is of scheme foo:, where objects cannot be kept
 @ storage=gs://bucket/runs                     | gcsfs
 @ storage=s3:/bucket                           | is half a URL
 @ storage={tmp}/a#b                            | has a #
@@ -280,7 +280,7 @@ status {run} --storage-option=x                | is not of the form key=value
 status {run_without_config}                    | config.yaml
 status {run_with_config_cut}                   | somebody has changed it
 status {run_with_config_of_bytes}              | somebody has changed it
-status foo://x/y                               | Protocol not known: foo
+status foo://x/y                               | is of scheme foo:, where objects cannot be kept
 status gs://bucket/run                         | gcsfs
 status s3:/bucket/run                          | is half a URL
 status s3://bucket/run#1                       | must not have a query or a fragment
@@ -298,7 +298,7 @@ export {run} {run}/model                       | holds a model already
 export {run} {file}                            | Not a directory
 export {run} {file}/out                        | Not a directory
 export {run} /proc/nowhere                     | cannot write /proc/nowhere
-export {run} foo://x/y                         | Protocol not known: foo
+export {run} foo://x/y                         | is of scheme foo:, where objects cannot be kept
 export {run} s3:bucket/x                       | is half a URL
 export {run} {tmp}/out --step 5000             | no checkpoint at step 5000
 export {run} {tmp}/out --step -1               | argument --step: '-1' is not a whole number of 0 or more

@@ -50,6 +50,8 @@ def test_published_layer_is_ours_but_for_its_dropout() -> None:
 @pytest.mark.parametrize("name", ["relora", "published", "peft"])
 def test_every_opponent_comes_with_and_without_dropout(name: str) -> None:
     """Of one layer, and of each in a model: the share of the input that a row leaves out."""
+    if name == "peft":
+        pytest.importorskip("peft")
     args = argparse.Namespace(device="cpu", size="9m", layers=1, seq_len=16, rank=4, rows=1, micro_batch_rows=1,
                               compile=False)  # fmt: skip
     for which, expected in ((name, 0.0), (f"{name}-dropout", 0.1)):
@@ -72,7 +74,8 @@ def _dropout(layer: Any) -> float:
     "command",
     [
         "layer --shapes 32x48 --tokens 16 --rank 4 --rounds 2 --variants relora published-dropout",
-        "model --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --variants relora",
+        "model --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --product-side 64 "
+        "--variants relora",
     ],
 )
 def test_page_has_a_row_for_every_variant(command: str) -> None:

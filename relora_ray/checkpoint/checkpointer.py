@@ -24,7 +24,8 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from relora_ray import __version__
-from relora_ray.checkpoint.commit import Commits, Committer, GroupCommitter, Outcome, Share
+from relora_ray.checkpoint.commit import LAST_WORDS_S, Commits, Committer, Outcome, Share
+from relora_ray.checkpoint.group import GroupCommitter
 from relora_ray.checkpoint.layout import PartPlan, plan_part
 from relora_ray.checkpoint.lineage import Lineage
 from relora_ray.checkpoint.manifest import Counters, Manifest, Part, Rollback, Setup
@@ -40,9 +41,6 @@ from relora_ray.verdict import in_words, verdict
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-
-LAST_WORDS_S = 60.0
-"""How long an attempt that failed waits for the save under way."""
 
 
 @dataclass(frozen=True)

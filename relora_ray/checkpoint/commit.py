@@ -1,8 +1,9 @@
 """From every rank's share to one committed manifest.
 
 A rank that has stored its share of a save hands a `Share` to its committer and is told the `Outcome`, the same on every
-rank. Somebody gathers the shares: rank 0 over a process group of its own (here), or the driver's coordinator (runtime).
-Either way `Commits` decides: nothing is committed unless all shares are there and none failed.
+rank. Somebody gathers the shares: rank 0 over a process group of its own (group.py), or the driver's coordinator
+(runtime), which has no use for torch and does without it. Either way `Commits` decides: nothing is committed unless all
+shares are there and none failed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
 from relora_ray.checkpoint.history import (
@@ -36,12 +34,13 @@ from relora_ray.checkpoint.manifest import Manifest, Part, Rollback, key_of
 from relora_ray.checkpoint.ownership import refuse_if_superseded
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import CheckpointError, ReloraError, SupersededError
-from relora_ray.parallel import World, broadcast_bytes, gather_bytes
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 ROLLBACKS = "rollbacks"
+LAST_WORDS_S = 60.0
+"""How long an attempt that failed waits for the save under way."""
 
 
 class _Message(BaseModel):
@@ -309,31 +308,3 @@ def _heading(manifest: Manifest) -> dict[str, object]:
     heading = manifest.model_dump(exclude={"base", "delta", "unix_time", "versions"})
     parts = [part and (part.folder, part.digest) for part in (manifest.base, manifest.delta)]
     return heading | {"parts": parts}
-
-
-class GroupCommitter:
-    """Without a coordinator: rank 0 gathers and commits, over a group of its own, so that it may happen in a thread
-    while training reduces gradients. Made by every rank at the same time."""
-
-    def __init__(self, world: World, commits: Commits, *, timeout_s: float) -> None:
-        self._world, self._commits = world, commits
-        # gloo on any device: NCCL would queue behind training's collectives.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world.size > 1 else None
-
-    def roll_back(self, rollback: Rollback) -> Outcome:
-        return self._commits.roll_back(rollback)
-
-    def commit(self, share: Share) -> Outcome:
-        if self._group is None:
-            outcome = self._commits.commit([share])
-            if outcome.manifest is not None:
-                self._commits.prune(outcome.manifest)
-            return outcome
-        first, cpu = self._world.is_first, torch.device("cpu")
-        shares = gather_bytes(share.model_dump_json().encode(), self._world.size, cpu, self._group)
-        made = self._commits.commit([Share.model_validate_json(s) for s in shares]) if first else None
-        told = made.model_dump_json().encode() if made else b""
-        outcome = Outcome.model_validate_json(broadcast_bytes(told, first, cpu, self._group))
-        if first and outcome.manifest is not None:
-            self._commits.prune(outcome.manifest)
-        return outcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from relora_ray.data.formats import Item, Problem, Rules, read_items, text_of
+from relora_ray.data.formats import Beside, Item, Problem, Rules, TextRead, read_items, text_of
 from relora_ray.data.kinds import FILE_FORMATS
 from relora_ray.data.sources import Source
 from relora_ray.errors import DataError, ReloraError
@@ -27,6 +27,12 @@ class Reading:
     """Records without text, or with spaces only."""
     without_documents: list[str] = field(default_factory=list)
     """Sources that have none."""
+    left_out: list[str] = field(default_factory=list)
+    """Files in archives that are no documents: hidden, markers, checksums."""
+    num_texts: int = 0
+    """Files of plain text, ..."""
+    num_separators: int = 0
+    """... and lines in them that stand between documents."""
 
     def pass_over(self, problem: Problem) -> None:
         """DataError if it is one too many."""
@@ -52,6 +58,11 @@ def read_documents(sources: Sequence[Source], rules: Rules, reading: Reading, *,
         for item in _items(source, rules, split):
             if isinstance(item, Problem):
                 reading.pass_over(item)
+            elif isinstance(item, Beside):
+                reading.left_out.append(item.name)
+            elif isinstance(item, TextRead):
+                reading.num_texts += 1
+                reading.num_separators += item.num_separators
             elif item.strip():
                 num_documents += 1
                 yield item

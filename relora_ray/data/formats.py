@@ -14,6 +14,7 @@ import re
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
@@ -32,7 +33,21 @@ class Problem:
     """As the end of a sentence that begins with `where`."""
 
 
-Item = str | Problem
+@dataclass(frozen=True)
+class Beside:
+    """A file in an archive that is no document, like those that are left out of folders."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class TextRead:
+    """That a file of plain text has come to its end."""
+
+    num_separators: int
+
+
+Item = str | Problem | Beside | TextRead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,8 @@ def _unreadable(name: str, what: str, error: Exception) -> DataError:
 def _reason(error: Exception) -> str:
     if isinstance(error, EOFError) or "Truncated" in str(error):
         return f"it is cut off ({error}). Fetch it again."
+    if "requires too much memory" in str(error):
+        return "it was compressed with a long window. Give it as a stream: zstd -d --long=31 -c FILE | ... prepare -."
     if isinstance(error, UnicodeError):
         return f"{error}. Convert it to UTF-8 (iconv -f ENCODING -t UTF-8)."
     return (
@@ -104,7 +121,14 @@ def _zipped(stream: io.BufferedReader, name: str, rules: Rules) -> Iterator[Item
         members = [member.filename for member in archive.infolist() if not member.is_dir()]
         if "[Content_Types].xml" in members:
             raise DataError(f"{name} is an office document. Save it as plain text first.")
-        wanted = [member for member in members if not is_beside(member) and not member.startswith("__MACOSX/")]
+        if twice := [member for member, count in Counter(members).items() if count > 1]:
+            raise DataError(
+                f"{name} has {members.count(twice[0])} files of the name {twice[0]}, as one to which files were added "
+                f"again. Unpack it, see which is the document, and give that."
+            )
+        beside = [member for member in members if is_beside(member) or member.startswith("__MACOSX/")]
+        yield from (Beside(f"{name}/{member}") for member in beside)
+        wanted = [member for member in members if member not in beside]
         if not rules.form:
             check_one_kind(wanted, name)
         for member in wanted:
@@ -118,7 +142,10 @@ def _characters(content: Content, name: str, rules: Rules) -> Iterator[Item]:
     form, encoding = content.form, encoding_of(content.head, name)
     # What is not UTF-8 comes through as lone surrogates, by which the line is found that has it.
     errors = "surrogateescape" if encoding == "utf-8" else "strict"
-    newline = "" if form in ("csv", "tsv") else None
+    newline = None
+    if form in ("csv", "tsv"):
+        # Rows end with \n: a lone \r within a cell is found by the reader, which would begin a row there otherwise.
+        newline = "\r" if b"\r" in content.head and b"\n" not in content.head else "\n"
     file = io.TextIOWrapper(content.stream, "utf-8-sig" if encoding == "utf-8" else encoding, errors, newline)
     if form == "text":
         yield from _text(file, name, rules.separator)
@@ -133,15 +160,17 @@ def _characters(content: Content, name: str, rules: Rules) -> Iterator[Item]:
 def _text(file: TextIO, name: str, separator: str) -> Iterator[Item]:
     between = re.compile(separator)
     lines: list[str] = []
-    first = 1
+    first, num_separators = 1, 0
     for number, line in enumerate(file, 1):
         content = line.removeprefix("\ufeff")  # of a file that was appended to another
         if between.fullmatch(content.rstrip("\r\n")):
+            num_separators += 1
             yield from _document(lines, name, first)
             lines, first = [], number + 1
         else:
             lines.append(content)
     yield from _document(lines, name, first)
+    yield TextRead(num_separators)
 
 
 def _document(lines: list[str], name: str, first: int) -> Iterator[Item]:
@@ -250,7 +279,10 @@ def _table(file: TextIO, name: str, text_field: str, form: str) -> Iterator[Item
             else:
                 yield _sound(row[column], where, raw=True)
     except csv.Error as error:
-        raise DataError(f"{name}:{line + 1} is not {form.upper()}: {error}. Are its quotation marks closed?") from error
+        advice = "Are its quotation marks closed?"
+        if "new-line character" in str(error):
+            error, advice = csv.Error("a cell has a lone carriage return (\\r)"), "Put the cell in quotation marks."
+        raise DataError(f"{name}:{line + 1} is not {form.upper()}: {error}. {advice}") from error
 
 
 def _parquet(stream: io.BufferedReader, name: str, text_field: str) -> Iterator[Item]:
@@ -258,6 +290,10 @@ def _parquet(stream: io.BufferedReader, name: str, text_field: str) -> Iterator[
 
     parquet = pyarrow.parquet.ParquetFile(stream)
     schema = parquet.schema_arrow
+    if twice := [column for column, count in Counter(schema.names).items() if count > 1]:
+        raise DataError(
+            f"{name} has {schema.names.count(twice[0])} columns {twice[0]!r}. Write it with different names."
+        )
     top = text_field if text_field in schema.names else text_field.partition(".")[0]
     if top not in schema.names:
         raise DataError(f"{name} has no column {text_field!r}, only {', '.join(schema.names)}. Set --text-field.")
@@ -328,8 +364,8 @@ def _flaw(text: str, *, raw: bool) -> tuple[int, str] | None:
         code = ord(text[error.start])
         if raw and 0xDC80 <= code <= 0xDCFF:
             return error.start, (
-                f"is not UTF-8: it has the byte 0x{code - 0xDC00:02x}. Convert the file, such as by iconv -f LATIN1 -t "
-                f"UTF-8."
+                f"is not UTF-8: it has the byte 0x{code - 0xDC00:02x}. Convert the file: iconv -f "
+                f"WINDOWS-1252 -t UTF-8, if it is that."
             )
         return error.start, f"has half a character, the lone surrogate \\u{code:04x}."
     if raw and "\0" in text:

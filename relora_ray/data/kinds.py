@@ -102,12 +102,43 @@ def _decompressor(head: bytes) -> Callable[[BinaryIO], Any] | None:
     if head.startswith(b"\x1f\x8b"):
         return lambda stream: gzip.GzipFile(fileobj=stream)
     if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", head):
-        return bz2.BZ2File
+        return lambda stream: _Streams(stream, bz2.BZ2Decompressor)
     if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
-        return lzma.LZMAFile
+        return lambda stream: _Streams(stream, lzma.LZMADecompressor)
     if head.startswith(b"\x28\xb5\x2f\xfd") or re.match(rb"[\x50-\x5f]\x2a\x4d\x18", head):
         return _zstandard
     return None
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams one after the other, and zeros between or behind them. What is none is an error: Python's own
+    files end there without a word, and the rest of the documents would be missing."""
+
+    def __init__(self, stream: BinaryIO, new: Callable[[], Any]) -> None:
+        self._stream, self._new, self._decompressor, self._num_read = stream, new, new(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._num_read
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            added = b""
+            if self._decompressor.eof:
+                added = self._decompressor.unused_data.lstrip(b"\0")
+                while not added:
+                    if not (more := self._stream.read(HEAD_BYTES)):
+                        return 0
+                    added = more.lstrip(b"\0")
+                self._decompressor = self._new()
+            elif self._decompressor.needs_input and not (added := self._stream.read(HEAD_BYTES)):
+                raise EOFError("no end of a compressed stream")
+            if found := self._decompressor.decompress(added, len(buffer)):
+                buffer[: len(found)] = found
+                self._num_read += len(found)
+                return len(found)
 
 
 def _zstandard(stream: BinaryIO) -> Any:
@@ -126,6 +157,12 @@ _KINDS = {
 _CHECKSUMS = re.compile(
     r".*\.(md5|sha1|sha224|sha256|sha384|sha512|crc|crc32|crc32c)|(md5|sha\d+|checksum)s?(sums?)?(\.txt)?", re.I
 )
+
+
+_MARKERS = re.compile(
+    r"_(success|committed.*|started.*|(common_)?metadata|temporary.*|delta_log|spark_metadata|logs?|readme.*)", re.I
+)
+"""What Spark, Hadoop, Delta and Parquet writers leave in a folder."""
 
 
 def _ending(name: str) -> str:
@@ -153,7 +190,8 @@ def is_checksum(path: str) -> bool:
 def is_beside(path: str) -> bool:
     """Whether a file in a folder lies beside its documents: hidden, or named like the markers (`_SUCCESS`) and
     checksums that programs leave."""
-    return any(part.startswith((".", "_")) for part in path.split("/")) or is_checksum(path)
+    parts = [part for part in path.split("/") if part != "."]
+    return any(part.startswith(".") or _MARKERS.fullmatch(part) for part in parts) or is_checksum(path)
 
 
 def check_one_kind(paths: Iterable[str], where: str) -> None:

@@ -11,7 +11,14 @@ from relora_ray.data.tokenizer import NO_TOKEN, template_begin_ids
 from relora_ray.data.tokens import DataIndex
 
 
-def reading_notes(reading: Reading, left_out: Sequence[str]) -> Iterator[str]:
+def reading_notes(reading: Reading, left_out: Sequence[str], separator: str) -> Iterator[str]:
+    """`separator`: as it was asked for; empty if it was not."""
+    if separator and reading.num_texts and not reading.num_separators:
+        yield (
+            f"no line of {reading.num_texts:,} text files matches --document-separator={separator!r}: each is one "
+            f"document. It is a regular expression for whole lines, so | and other signs need a backslash"
+        )
+    left_out = [*left_out, *reading.left_out]
     if reading.num_bad:
         first = " ".join(f"{problem.where} {problem.reason}" for problem in reading.first_bad)
         yield f"{reading.num_bad:,} bad records passed over, the first: {first}"

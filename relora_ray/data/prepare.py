@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -60,6 +60,7 @@ from relora_ray.data.tokenizer import (
 )
 from relora_ray.data.tokens import DataIndex, Split, write_index
 from relora_ray.errors import ConfigError, DataError
+from relora_ray.location import location_problem, shown
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
 DEFAULT_FRACTION = 0.005
@@ -116,6 +117,7 @@ def prepare(request: Request, *, quiet: bool = False) -> DataIndex:
 def prepare_with_notes(request: Request, *, quiet: bool = False) -> Prepared:
     """As `prepare`, with what the command prints."""
     _check(request)
+    request = replace(request, out=os.path.expanduser(request.out))
     storage = Storage(request.out, parse_options(request.storage_option))
     refuse_if_used(storage)
     sources = _sources(request)
@@ -146,7 +148,7 @@ def prepare_with_notes(request: Request, *, quiet: bool = False) -> Prepared:
     return Prepared(
         index,
         [
-            *reading_notes(reading, sources.left_out),
+            *reading_notes(reading, sources.left_out, _own_separator(request)),
             *overlap_notes(in_both, index),
             *token_notes(tokenizer, encoding, parts, follows_template=request.begin_token == TEMPLATE),
         ],
@@ -154,8 +156,9 @@ def prepare_with_notes(request: Request, *, quiet: bool = False) -> Prepared:
 
 
 def _check(request: Request) -> None:
-    if not request.out.strip():
-        raise ConfigError("--out is empty. Name a folder or a URL.")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", request.out) or not request.out.strip():
+        if problem := location_problem(request.out):
+            raise ConfigError(f"--out={shown(request.out)} {problem}")
     if request.validation_fraction is not None and request.validation_sources:
         raise ConfigError(
             f"--validation-fraction={request.validation_fraction} has no effect with --validation. Give one of them."
@@ -169,12 +172,22 @@ def _check(request: Request) -> None:
     for name in ("shard_tokens", "batch_mb", "num_workers"):
         if getattr(request, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(request, name)} is not positive.")
+    if re.search(r"[\r\n]|\\[rn]", request.document_separator):
+        raise ConfigError(
+            f"--document-separator={request.document_separator!r} has a line break, and lines are matched one by one: "
+            f"it would match none. For blank lines give '\\s*'."
+        )
     try:
         re.compile(request.document_separator)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"--document-separator={request.document_separator!r} is no regular expression: {error}."
         ) from error
+
+
+def _own_separator(request: Request) -> str:
+    default = Request.__dataclass_fields__["document_separator"].default
+    return "" if request.document_separator == default else request.document_separator
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Source:
     def open(self) -> BinaryIO:
         """A new stream of a file's bytes. DataError or StorageError."""
         if self.name == STDIN:
+            if sys.stdin is None:
+                raise DataError("standard input is closed, and - names it. Give a file, or a pipe.")
             return sys.stdin.buffer
         if "://" in self.name:
             return Remote(self.name, self.options).open()
@@ -88,7 +90,7 @@ def find_sources(names: Sequence[str], *, form: str = "", options: Callable[[str
 
 
 def _find(name: str, form: str, options: Options, left_out: list[str]) -> Iterable[Source]:
-    name = name.removeprefix("file://")
+    name = os.path.expanduser(name.removeprefix("file://"))
     if form in ("saved", "hub"):
         return [Source(name, "saved" if form == "saved" else "hub", options)]
     if name == STDIN:
@@ -98,6 +100,7 @@ def _find(name: str, form: str, options: Options, left_out: list[str]) -> Iterab
             return [Source(name, "saved")]
         return _chosen(name, _walk(name), form, left_out)
     if os.path.exists(name):
+        _refuse_special(name)
         if is_checksum(name) and not form:
             raise DataError(f"{name} is named like a list of checksums. Leave it out, or name its --format.")
         return [Source(name)]
@@ -151,7 +154,24 @@ def _chosen(
         check_one_kind(chosen, what or folder)
     if broken := [path for path in chosen if "://" not in path and not os.path.exists(path)]:
         raise DataError(f"{broken[0]} is a link to nothing: {os.readlink(broken[0])} does not exist.")
+    local = [path for path in chosen if "://" not in path]
+    for path in local:
+        _refuse_special(path)
+    once: dict[str, str] = {}
+    for path in local:  # a link beside what it leads to is one document
+        if (first := once.setdefault(os.path.realpath(path), path)) != path:
+            left_out.append(f"{path} (the same file as {first})")
+            chosen.remove(path)
     return [Source(path, "file", options or {}) for path in chosen]
+
+
+def _refuse_special(path: str) -> None:
+    """DataError for a pipe and a device in a folder, which could be waited for without end."""
+    if not os.path.isfile(path) and not os.path.isdir(path):
+        raise DataError(
+            f"{path} is no file, but a pipe, a socket or a device. Leave it out, or give what it has as standard "
+            f"input: ... prepare -."
+        )
 
 
 def _remote(url: str, options: Options, form: str, left_out: list[str]) -> list[Source]:

@@ -44,7 +44,13 @@ def load_tokenizer(name: str) -> Any:
     # Some are published with truncation to their model's length: documents here are taken whole.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    if not tokenizer.backend_tokenizer.encode("It was a truth.", add_special_tokens=False).ids:
+    try:
+        found = tokenizer.backend_tokenizer.encode("It was a truth. \u4e86\U0001f600", add_special_tokens=False).ids
+    except Exception as error:  # a bare one from the Rust side
+        raise DataError(
+            f"tokenizer {name!r} cannot encode text: {error}. Is its unknown token in its vocabulary?"
+        ) from error
+    if not found:
         raise DataError(
             f"tokenizer {name!r} turns text into nothing: there is no tokenizer in that folder. Give one that has a "
             f"tokenizer.json."
@@ -158,6 +164,8 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, out: str) -> None:
             f"no tokenizer of {vocab_size} tokens can be made from {sum(map(len, texts)):,} characters and written to "
             f"{out!r}: it needs more than 256 tokens (one for every byte), some text, and a local folder."
         )
+    if os.path.isdir(out) and os.listdir(out):
+        raise DataError(f"{out} is not empty: what is there would be another tokenizer's. Give a new folder.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -197,9 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rules = Rules(form=args.form, text_field=args.text_field)
     texts = list(read_documents(found.sources, rules, Reading()))
     train_tokenizer(texts, vocab_size=args.vocab_size, out=args.out)
-    print(
-        f"wrote {args.out}: {num_token_ids(load_tokenizer(args.out)):,} tokens from {sum(map(len, texts)):,} characters"
-    )
+    num_tokens = num_token_ids(load_tokenizer(args.out))
+    fewer = "" if num_tokens >= args.vocab_size else f", not {args.vocab_size:,}: the text has no more"
+    print(f"wrote {args.out}: {num_tokens:,} tokens{fewer}, from {sum(map(len, texts)):,} characters")
 
 
 if __name__ == "__main__":

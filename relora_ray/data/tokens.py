@@ -86,7 +86,7 @@ def read_index(storage: Storage, *, expected: bool = False) -> DataIndex:
         )
     try:
         raw = json.loads(found)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{storage.url}/index.json is not JSON ({error}). Prepare the data again.") from error
     recorded = raw.pop("fingerprint", None) if isinstance(raw, dict) else None
     try:

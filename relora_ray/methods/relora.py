@@ -36,9 +36,10 @@ class Relora(Lora):
     def adapt(self, model: nn.Module, step: int) -> None:
         super().adapt(model, step)
         if self.as_published:
-            for name, parameter in adapter_parameters(model):
-                if name.endswith("lora_A"):
-                    parameter.data.zero_()
+            with torch.no_grad():
+                for name, parameter in adapter_parameters(model):
+                    if name.endswith("lora_A"):
+                        parameter.zero_()
 
     def is_boundary(self, step: int) -> bool:
         if super().is_boundary(step):

@@ -24,13 +24,13 @@ import ray
 
 from relora_ray import clock
 from relora_ray.checkpoint import Commits, Outcome, Share
-from relora_ray.checkpoint.checkpointer import LAST_WORDS_S
+from relora_ray.checkpoint.commit import LAST_WORDS_S
 from relora_ray.checkpoint.manifest import Rollback
 from relora_ray.checkpoint.ownership import Term, succeed
 from relora_ray.config_file import parse_config
 from relora_ray.errors import ReloraError, SupersededError
-from relora_ray.parallel import disagreement
-from relora_ray.runs import run_storage
+from relora_ray.places import run_storage
+from relora_ray.replicas import disagreement
 from relora_ray.runtime.failures import Failures
 from relora_ray.runtime.messages import Arrival, Cause, Event, Kind, Member, Start, log_event
 from relora_ray.runtime.orders import Order, Orders

@@ -109,9 +109,9 @@ class SweepConfig(Section):
     search: Literal["grid", "random", "tpe"] = "grid"
     """grid: all combinations of the lists. random: `trials` points drawn by `seed`. tpe: `trials` points, each chosen
     by what those before came to (Optuna's Tree-structured Parzen Estimator)."""
-    trials: int | None = Field(None, gt=0)
+    trials: int | None = Field(None, gt=0, le=MAX_POINTS)
     """How many points, of random and tpe."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (1,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((1,), min_length=1)
     """Every point is trained with each; it counts by the mean."""
     seed: int = Field(0, ge=0)
     """Of random and tpe."""
@@ -244,6 +244,11 @@ def load_sweep(path: str, overrides: list[str] | None = None) -> Sweep:
     """Raises ConfigError: for a mistake in the space, and for every point that is none."""
     raw = parse_mapping(read_text(path), overrides, source=path)
     spec = _spec(raw.pop("sweep"))
+    for name in (override.partition("=")[0] for override in overrides or []):
+        if name in spec.space:
+            raise ConfigError(
+                f"{name} is searched by the sweep: sweep.space gives its values, and {name}=... has no effect."
+            )
     plain = check(raw)  # what every point starts from must itself be a run
     configs = {json.dumps(s): _config(raw, n, s, spec.seeds[0]) for n, s in enumerate(_possible_points(spec))}
     rungs = _rungs(list(configs.values()))

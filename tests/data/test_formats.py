@@ -254,3 +254,58 @@ def test_standard_input_is_read_once(content: bytes) -> None:
         [sys.executable, "-c", script], input=content, capture_output=True, cwd=ROOT, env=os.environ, check=True
     )
     assert json.loads(done.stdout) == DOCUMENTS
+
+
+def twice_in_a_zip() -> bytes:
+    """As `zip -u` and Python's append mode leave it."""
+    buffer = io.BytesIO()
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(buffer, "w") as archive:
+        for content in TWO:
+            archive.writestr("a.jsonl", content)
+    return buffer.getvalue()
+
+
+def two_columns() -> bytes:
+    buffer = io.BytesIO()
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.bz2", bz2.compress(TWO[0]) + bz2.compress(TWO[1])[1:], "cannot be read as jsonl"),
+        ("a.jsonl.bz2", bz2.compress(TWO[0]) + TWO[1], "cannot be read as jsonl"),
+        ("a.jsonl.xz", lzma.compress(TWO[0]) + lzma.compress(TWO[1])[1:], "cannot be read as jsonl"),
+        ("a.jsonl.xz", lzma.compress(TWO[0]) + TWO[1], "cannot be read as jsonl"),
+        ("a.jsonl.xz", lzma.compress(LINES)[:-9], "it is cut off"),
+        ("a.zip", twice_in_a_zip, r"has 2 files of the name a\.jsonl"),
+        ("a.csv", b"text\r\nfirst half\rsecond half\r\nnext\r\n", r"a cell has a lone carriage return"),
+        ("a.tsv", b"text\nfirst half\rsecond half\nnext\n", r"a cell has a lone carriage return"),
+        ("a.parquet", two_columns, r"has 2 columns 'text'"),
+    ],
+)  # fmt: skip
+def test_nothing_is_lost_or_cut_without_a_word(
+    name: str, content: bytes | Callable[[], bytes], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content())
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_streams_one_after_the_other_and_padding_are_read(tmp_path: Path) -> None:
+    for name, pack in (("a.jsonl.bz2", bz2.compress), ("a.jsonl.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(pack(TWO[0]) + b"\0" * 512 + pack(TWO[1]) + b"\0" * 4)
+        assert read(tmp_path / name) == DOCUMENTS
+    (tmp_path / "old.csv").write_bytes(table(",").replace(b"\r\n", b"\n").replace(b"\n", b"\r"))
+    assert read(tmp_path / "old.csv") == [d.replace("\n", "\r") for d in DOCUMENTS]
+
+
+def test_what_a_zip_has_besides_documents_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(
+        zipped({"./a.jsonl": TWO[0], "_posts/b.jsonl": TWO[1], ".c/d.jsonl": b"x", "_SUCCESS": b""})
+    )
+    reading = Reading()
+    assert read(tmp_path / "a.zip", reading) == DOCUMENTS
+    assert [name.rpartition("a.zip/")[2] for name in reading.left_out] == [".c/d.jsonl", "_SUCCESS"]

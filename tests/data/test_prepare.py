@@ -17,7 +17,7 @@ import transformers
 
 from relora_ray.data import prepare as prepare_module
 from relora_ray.data.encode import Workers
-from relora_ray.data.prepare import Request, prepare
+from relora_ray.data.prepare import Request, prepare, prepare_with_notes
 from relora_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from relora_ray.data.tokens import read_index
 from relora_ray.errors import ConfigError, DataError
@@ -353,3 +353,38 @@ def test_a_worker_that_is_killed_is_named(text_file: Path, tmp_path: Path, monke
     monkeypatch.setattr(prepare_module, "Workers", Dying)
     with pytest.raises(DataError, match=r"a process that tokenizes was killed.*--num-workers=1"):
         prepare(request(tmp_path / "out", text_file), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"document_separator": r"\n\n"}, r"has a line break, and lines are matched one by one"),
+        ({"document_separator": "a{99999999999}"}, "is no regular expression"),
+        ({"document_separator": "(" * 5000}, "is no regular expression"),
+        ({"out": "http://host/x"}, "is of scheme http:, where objects cannot be kept"),
+        ({"out": "s3://"}, "is half a URL"),
+    ],
+)  # fmt: skip
+def test_settings_that_can_only_disappoint_are_refused(
+    settings: dict[str, str], message: str, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(dataclasses.replace(request(tmp_path / "out", text_file), **settings), quiet=True)
+
+
+def test_separator_that_matches_nothing_is_said(text_file: Path, tmp_path: Path) -> None:
+    """Not escaped, it is three other ones."""
+    (tmp_path / "held-out.txt").write_text("Held out.")
+    made = request(
+        tmp_path / "out", text_file, document_separator="<|endoftext|>", validation_fraction=None,
+        validation_sources=(str(tmp_path / "held-out.txt"),),
+    )  # fmt: skip
+    assert any("no line of 2 text files matches" in note for note in prepare_with_notes(made, quiet=True).notes)
+
+
+def test_home_is_expanded(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    prepare(dataclasses.replace(request(tmp_path, text_file), out="~/out"), quiet=True)
+    assert (tmp_path / "out/index.json").exists()
+    assert not (tmp_path / "~").exists()

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import sys
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -185,3 +186,25 @@ def test_web_addresses_are_read_and_their_signatures_not_shown(tmp_path: Path, m
             read(f"{url}/nothing.jsonl?signature=hidden")
         web.shutdown()
     assert "hidden" not in str(raised.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.txt")
+    for name in (folder, folder / "*", folder / "pipe.txt"):
+        with pytest.raises(DataError, match=r"pipe\.txt is no file, but a pipe"):
+            find_sources([str(name)], form="text")
+
+
+def test_a_link_beside_its_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "2024.txt").write_text("a document")
+    (tmp_path / "latest.txt").symlink_to(tmp_path / "2024.txt")
+    for name in (tmp_path, tmp_path / "*.txt"):
+        found = find_sources([str(name)])
+        assert [source.name for source in found.sources] == [str(tmp_path / "2024.txt")]
+        assert found.left_out == [f"{tmp_path}/latest.txt (the same file as {tmp_path}/2024.txt)"]
+
+
+def test_closed_standard_input_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        read("-")

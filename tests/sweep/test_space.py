@@ -100,6 +100,8 @@ def test_range_in_the_logarithm(share: float, value: float) -> None:
         ({"trials": 3}, "a grid has its own number of points"),
         ({"serach": "grid"}, r"unknown key sweep.serach='grid'. Did you mean 'search'?"),
         ({"seeds": [1, 1]}, "sweep.seeds=.1, 1. has a value twice"),
+        ({"seeds": []}, "sweep.seeds="),
+        ({"search": "random", "trials": 1000000000}, "sweep.trials=1000000000"),
         ({"objectives": ["loss", "state_bytes"]}, "matter to sweep.search=tpe only"),
         ({"search": "tpe", "trials": 4, "objectives": ["state_bytes"]}, "must begin with loss"),
         ({"halving": {}}, "halving.first_rung=1 needs more cycle ends that all points have in common; they have 12"),
@@ -129,7 +131,7 @@ def test_mistake_is_refused_with_its_point(tmp_path: Path, spec: dict[str, objec
 
 def test_config_without_its_sweep_is_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^method.lora_rank=64 is more than 32"):
-        sweep(tmp_path, "method.lora_rank=64")
+        sweep(tmp_path, "method.lora_rank=64", space={"method.alpha": [4, 8]})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
@@ -138,3 +140,8 @@ def test_shipped_sweep_is_one(path: Path) -> None:
     found = load_sweep(str(path))
     assert {"method.lora_rank", "method.merge_every_steps", "schedule.restart_warmup_steps"} <= found.spec.space.keys()
     assert "points of" in next(found.plan())
+
+
+def test_override_of_what_is_searched_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method\.lora_rank is searched by the sweep"):
+        sweep(tmp_path, "method.lora_rank=8")
