@@ -100,7 +100,6 @@ def _find(name: str, form: str, options: Options, left_out: list[str]) -> Iterab
             return [Source(name, "saved")]
         return _chosen(name, _walk(name), form, left_out)
     if os.path.exists(name):
-        _refuse_special(name)
         if is_checksum(name) and not form:
             raise DataError(f"{name} is named like a list of checksums. Leave it out, or name its --format.")
         return [Source(name)]
@@ -166,7 +165,8 @@ def _chosen(
 
 
 def _refuse_special(path: str) -> None:
-    """DataError for a pipe and a device in a folder, which could be waited for without end."""
+    """DataError for a pipe and a device in a folder, which could be waited for without end. By its own name it is read:
+    a shell's <(command) is one."""
     if not os.path.isfile(path) and not os.path.isdir(path):
         raise DataError(
             f"{path} is no file, but a pipe, a socket or a device. Leave it out, or give what it has as standard "

@@ -188,9 +188,9 @@ def test_web_addresses_are_read_and_their_signatures_not_shown(tmp_path: Path, m
     assert "hidden" not in str(raised.value)
 
 
-def test_a_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
-    for name in (folder, folder / "*", folder / "pipe.txt"):
+    for name in (folder, folder / "*"):
         with pytest.raises(DataError, match=r"pipe\.txt is no file, but a pipe"):
             find_sources([str(name)], form="text")
 
