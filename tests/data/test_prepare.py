@@ -233,7 +233,7 @@ def test_folder_with_other_files_is_left_alone(text_file: Path, tmp_path: Path) 
     with pytest.raises(DataError, match=r"is not empty: it holds train-00000\.npy"):
         prepare(request(mine, text_file), quiet=True)
     assert (mine / "train-00000.npy").read_text() == "thesis"
-    with pytest.raises(ConfigError, match="--out is empty"):
+    with pytest.raises(ConfigError, match="--out='' is blank"):
         prepare(dataclasses.replace(request(mine, text_file), out=""), quiet=True)
 
 
