@@ -100,7 +100,7 @@ def test_export_and_report(cfg: RunConfig, tmp_path: Path) -> None:
     again = command("export", url, tmp_path / "out")
     assert again.returncode == 2
     assert "ConfigError: " in again.stderr
-    assert "holds a model already" in again.stderr
+    assert "is not empty: config.json is there" in again.stderr
     assert "merges    3" in command("report", url).stdout
     assert "is not a run" in command("report", tmp_path / "nowhere").stderr
 

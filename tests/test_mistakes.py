@@ -294,7 +294,7 @@ report {run_with_config_cut}                   | somebody has changed it
 report {no_such_bucket}                        | The specified bucket does not exist
 report {wrong_keys}                            | PermissionError
 export {missing} {tmp}/out                     | is not a run
-export {run} {run}/model                       | holds a model already
+export {run} {run}/model                       | is not empty: config.json is there
 export {run} {file}                            | Not a directory
 export {run} {file}/out                        | Not a directory
 export {run} /proc/nowhere                     | cannot write /proc/nowhere
