@@ -52,6 +52,7 @@ from relora_ray.storage import Storage
 from relora_ray.weights import (
     check_function,
     check_shapes,
+    check_ties,
     check_weights,
     copy_weights,
     is_hf_folder,
@@ -378,6 +379,7 @@ def check_init_from(cfg: RunConfig, shell: nn.Module) -> None:
             theirs.model, seq_len=theirs.data.seq_len, seed=0, device="meta", architecture=setting.architecture()
         )
         check_shapes(shell.state_dict(), other.state_dict(), what)
+        check_ties(shell, other, what)
     else:
         check_weights(shell, place)
     _check_function(cfg, shell)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -152,6 +153,20 @@ def check_function(there: Any, here: Any, source: str) -> None:
             + "Give the run the architecture of its weights (model.huggingface, instead of a size). If the change is "
             "meant, make it in a copy of the folder, for both."
         )
+
+
+def check_ties(here: nn.Module, there: nn.Module, source: str) -> None:
+    """ConfigError if one weight of the model `here` is two in the model `there`: one of the two would be lost."""
+    names = defaultdict(list)
+    for name, parameter in here.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    theirs = {name: id(p) for name, p in there.named_parameters(remove_duplicate=False)}
+    for tied in names.values():
+        if len({theirs[name] for name in tied if name in theirs}) > 1:
+            raise ConfigError(
+                f"{source} has {' and '.join(tied)} apart, and they are one weight in the run's model. Untie them "
+                f"here, too: model.tie_embeddings=false, or tie_word_embeddings in the config.json."
+            )
 
 
 def _fill(model: Any, tensors: dict[str, Stored], place: str, device_map: dict[str, str]) -> list[str]:

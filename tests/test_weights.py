@@ -425,3 +425,15 @@ def test_published_checkpoint_is_checked_by_its_headers(data: Path, tmp_path: Pa
     edit(folder, num_attention_heads=4, num_key_value_heads=4, head_dim=8)
     with pytest.raises(ConfigError, match=r"(?s)another function.*num_attention_heads: 4 there, 2 here"):
         preflight(cfg)
+
+
+def test_run_whose_head_is_apart_is_no_source_for_a_tied_model(data: Path, tmp_path: Path) -> None:
+    """One of two trained matrices would be lost without a word; the other way round nothing is."""
+    apart, tied = tiny_config(data, tmp_path), tiny_config(data, tmp_path, "name=tied", "model.tie_embeddings=true")
+    run(apart)
+    run(tied)
+    with pytest.raises(ConfigError, match=r"has .*lm_head.weight.* apart, and they are one weight in the run's model"):
+        preflight(
+            tiny_config(data, tmp_path, "name=c", "model.tie_embeddings=true", f"model.init_from={tmp_path}/tiny")
+        )
+    preflight(tiny_config(data, tmp_path, "name=d", f"model.init_from={tmp_path}/tied"))
