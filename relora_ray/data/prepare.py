@@ -156,9 +156,9 @@ def prepare_with_notes(request: Request, *, quiet: bool = False) -> Prepared:
 
 
 def _check(request: Request) -> None:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", request.out) or not request.out.strip():
-        if problem := location_problem(request.out):
-            raise ConfigError(f"--out={shown(request.out)} {problem}")
+    is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", request.out) or not request.out.strip()
+    if is_url and (problem := location_problem(request.out)):
+        raise ConfigError(f"--out={shown(request.out)} {problem}")
     if request.validation_fraction is not None and request.validation_sources:
         raise ConfigError(
             f"--validation-fraction={request.validation_fraction} has no effect with --validation. Give one of them."
