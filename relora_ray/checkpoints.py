@@ -155,6 +155,10 @@ def _problem(run: Storage, part: Part) -> str:
     return ""
 
 
+def _problem_of_all(run: Storage, manifest: Manifest) -> str:
+    return " ".join(problem for part in manifest.parts if (problem := _problem(run, part)))
+
+
 def _setup_problem(run: Storage, setup: Setup) -> str:
     setting = Setting(run, setup.folder, setup)
     for name in setting.names():
@@ -185,7 +189,7 @@ def _pruned(run: Storage, attempt: str, keep_last: int, keep_every_steps: int, d
     line, _ = history.read_line()
     for path in sorted({*history.line, *(path for path, _ in history.unreadable)} - {m.path for m in line}):
         yield f"stays: {path} cannot be read"
-    if line and (problem := " ".join(filter(None, (_problem(run, part) for part in line[-1].parts)))):
+    if line and (problem := _problem_of_all(run, line[-1])):
         raise DamagedError(
             f"{problem} Nothing was removed: the newest checkpoint, of step {line[-1].step:,}, is not whole, and the "
             f"run would go on from one before it. Start the run, which passes over it, and prune after its next save."
@@ -313,7 +317,7 @@ def _own(run: Storage, attempt: str) -> str:
     head = read_record(run, paths[-1])
     if head.base is None or not head.base.run:
         return f"{run.url} goes on with a base of its own; older checkpoints need others until they are removed."
-    if problem := " ".join(problem for part in head.parts if (problem := _problem(run, part))):
+    if problem := _problem_of_all(run, head):
         raise DamagedError(f"{problem} Nothing was changed: the run may go on from an older checkpoint.")
     base, other = head.base, run.sibling(head.base.run)
     folder = f"base/step-{head.step:08d}-{attempt}"
