@@ -30,6 +30,7 @@ counts as being drained.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
@@ -66,6 +67,8 @@ WARM_S = 60.0
 """A new machine that has not imported everything by then is taken in as it is."""
 CALL_S = 10.0
 """The coordinator answers within this."""
+ACTOR_S = 60.0
+"""Ray's actor that reserves machines has started within this."""
 LAST_WORDS_S = 70.0
 SAY_AGAIN_S = 60.0
 """What lasts is said again after this."""
@@ -192,6 +195,7 @@ if not missing:
             self._warming: dict[str, tuple[Any, float]] = {}
             """By machine: the task that has everything imported there, and since when."""
             self._said: dict[str, float] = {}
+            self._is_reserver_up = False
 
         def try_all(self, run_context: Any) -> None:
             """Do once, in the driver, what the controller will have this do. Raises whatever does not work."""
@@ -215,6 +219,14 @@ if not missing:
 
         def _get_num_workers_for_resource_request(self) -> int:
             return int(self._max + self._in_their_place)
+
+        def _send_resource_request(self) -> None:
+            """When Ray's actor has started: Ray gives it 5 s to answer, and then prints a traceback."""
+            if not self._is_reserver_up:
+                with contextlib.suppress(ray.exceptions.GetTimeoutError):  # Ray says so
+                    ray.get(self._autoscaling_coordinator.__ray_ready__.remote(), timeout=ACTOR_S)
+                self._is_reserver_up = True
+            super()._send_resource_request()
 
         def make_decision_for_non_running_worker_group(self) -> Any:
             self._maybe_send_resource_request()

@@ -271,12 +271,15 @@ class Agent:
         self.process = driver.process.beside(f"{group}.{rank}", self._live)
 
     def _live(self) -> None:
-        actor, step = self._actor, 0
+        actor, step, is_new = self._actor, 0, True
         while True:
             member = Member(self._group, self.rank, self._size, self.node, "host", 1, step)
             start: Start | None = actor.call("join", member)
             if start is None:
+                if is_new and not actor.call("fatal"):  # the run is done, and whoever was told so is lost
+                    self._driver.run.finished = True
                 return
+            is_new = False
             over = Signal(self.process.world)
             trainer = Trainer(self._driver, actor, start, over)
             watching = self.process.beside("watch", lambda t=trainer, o=over: self._follow(t, o))
