@@ -99,7 +99,7 @@ def one(opponent: str, fault: str, data: Path) -> tuple[float, int]:
     """Seconds from the fault to the first step of the next attempt, and how many steps that had been done before."""
     for name in driver.elastic.SETTINGS:
         os.environ.pop(name, None)
-    machines = Machines(1 if fault == "added" else 2)
+    machines = Machines(1 if fault == "added" else 2, apart=True)
     folder = tempfile.mkdtemp()
     takes_away = threading.Timer(NOTICE_S, lambda: machines.lose(machines.nodes[1]))
     try:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,22 @@ from relora_ray.runtime.notice import drain
 class Machines:
     """A head without CPUs, where the driver is, and machines of one CPU each."""
 
-    def __init__(self, count: int, *, runtime_env: dict[str, Any] | None = None) -> None:
-        """`runtime_env`: of the job that this process becomes."""
+    def __init__(
+        self, count: int, *, setup_hook: str = "", env: dict[str, str] | None = None, apart: bool = False
+    ) -> None:
+        """`setup_hook`, `env`: what is called in each of Ray's workers of this process, and their variables. `apart`:
+        each machine has to import what it needs for itself, as real ones have to."""
+        self._apart = apart
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # there is no dashboard
         self._folder = tempfile.mkdtemp(prefix="ray-")  # short: its sockets' paths have a limit
         os.environ["RAY_TMPDIR"] = self._folder
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        without = {"include_dashboard": False, "include_log_monitor": False}  # nobody reads here what workers print
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **without})
         self.address = self._cluster.address
+        here = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        hooked = {"env_vars": here | (env or {}), "worker_process_setup_hook": setup_hook} if setup_hook else None
         # Now, or it may be on any of the machines.
-        ray.init(address=self.address, log_to_driver=False, runtime_env=runtime_env)
+        ray.init(address=self.address, log_to_driver=False, runtime_env=hooked)
         self.nodes: list[Any] = []
         for _ in range(count):
             self.add()
@@ -45,7 +54,8 @@ class Machines:
         return found[0]
 
     def add(self) -> Any:
-        node = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        named = {"env_vars": {"MACHINE": uuid.uuid4().hex}} if self._apart else {}
+        node = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20, include_log_monitor=False, **named)
         self.nodes.append(node)
         return node
 

@@ -42,6 +42,21 @@ AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    _forget_the_test()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    _forget_the_test()
+
+
+def _forget_the_test() -> None:
+    """Runs of different tests have one environment, and so one server that forks what trains for them."""
+    os.environ["PYTEST_CURRENT_TEST"] = "a test"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
     for item in items:

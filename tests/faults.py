@@ -1,8 +1,8 @@
 """Faults at named places of a run on a real Ray cluster. Each is played once, and leaves a mark when it took place.
 
 Faults inside a process that trains are carried out by that process itself, at the first time that it comes to the
-place after a given step: `install` puts a function of this module in place of the one that agents have forked
-(as the Ray job's worker_process_setup_hook). The others are carried out by whoever runs the driver.
+place after a given step: agents have a function of this module forked (tests/hooks.py). The others are carried out by
+whoever runs the driver.
 """
 
 from __future__ import annotations
@@ -62,13 +62,6 @@ def plan(seed: int, count: int, steps: int, kinds: tuple[str, ...] = (*INSIDE, *
             )
         )
     return faults
-
-
-def install() -> None:
-    """In every Ray worker of the job."""
-    from relora_ray.runtime import agent
-
-    agent.TRAIN = "tests.faults:train_with_faults"
 
 
 def train_with_faults(*args: Any) -> None:
@@ -147,9 +140,8 @@ class Play:
         (self.folder / "plan.json").write_text(json.dumps([asdict(fault) for fault in faults]))
         from tests.cluster import Machines
 
-        variables = {FOLDER: str(self.folder), "PYTHONPATH": str(Path(__file__).parent.parent)}
-        environment = {"env_vars": variables, "worker_process_setup_hook": "tests.faults.install"}
-        self._machines = Machines(machines, runtime_env=environment)
+        env = {FOLDER: str(self.folder)}
+        self._machines = Machines(machines, setup_hook="tests.hooks.have_faults", env=env)
         self._step, self._agents, self._ended = 0, {}, threading.Event()
         self._failures: list[BaseException] = []
         self.events: list[dict[str, Any]] = []

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import importlib.util
 import logging
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import socket
 import struct
@@ -20,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +31,7 @@ import ray.train
 import ray.util
 from ray.train.backend import Backend, BackendConfig
 
+import relora_ray
 from relora_ray.config import ClusterConfig
 from relora_ray.config_file import parse_config
 from relora_ray.runtime import prefork
@@ -39,6 +44,9 @@ logger = logging.getLogger(__name__)
 TRAIN = "relora_ray.runtime.trainer:train"
 """What the process that trains does."""
 PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
+_OF_ONE_AGENT = re.compile(r"RAY|\w+_VISIBLE_DEVICES$|OMP_NUM_THREADS$|GLOO_SOCKET_IFNAME$")
+"""Variables in which agents of one job differ. The process that trains has its own agent's, whoever started the server,
+and they do not decide what is imported."""
 CHECK_S = 0.5
 STACK_LINES = 30
 MAX_STACKS = 10_000_000
@@ -258,8 +266,16 @@ def warm_up() -> None:
 
 
 def _key() -> str:
-    context = ray.get_runtime_context()
-    return f"{context.get_node_id()} {context.get_job_id()}"
+    """Of the server that forks the processes that train: agents share one, of other jobs too, that have the same files
+    and processes, code and environment. A driver that is started again finds it with everything imported."""
+    where = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid")]  # containers may share a network
+    code = [*Path(relora_ray.__file__).parent.rglob("*.py")]
+    for name in ("torch", "transformers"):  # what is installed or removed beside them changes the folder's date
+        if (found := importlib.util.find_spec(name)) and found.origin:
+            code.append(Path(found.origin).parent.parent)
+    dates = [(str(path), path.stat().st_mtime_ns) for path in sorted(code)]
+    environment = [(name, value) for name, value in sorted(os.environ.items()) if not _OF_ONE_AGENT.match(name)]
+    return hashlib.sha256(repr((where, dates, environment)).encode()).hexdigest()
 
 
 def _ended_how(code: int) -> str:

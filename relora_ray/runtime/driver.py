@@ -209,6 +209,7 @@ def connected(cfg: rc.RunConfig) -> Iterator[None]:
                 f"Set RAY_ADDRESS, lower cluster.workers, or train on the CPU with cluster.gpus_per_worker=0."
             )
         needed = cfg.cluster.workers * cfg.cluster.cpus_per_worker
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # an actor that nobody asks without a dashboard
         try:
             ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
         except Exception as error:  # whatever it is, somebody must be told what to do

@@ -11,6 +11,7 @@ All that is private to Ray 2.60 and used here; the settings at `SETTINGS` are it
 | private                                            | for                     | public instead                       |
 |----------------------------------------------------|-------------------------|--------------------------------------|
 | TorchTrainer._initialize_and_run_controller        | to hand the policy over | none                                 |
+| its "callbacks", DatasetsCallback (optional)       | to start an actor less  | none                                 |
 | ElasticScalingPolicy, its make_decision_..., twice | when to resize          | none                                 |
 | NoopDecision, ResizeDecision                       | what they return        | none                                 |
 | on_controller_start_worker_group                   | placing, and its size   | ScalingConfig.label_selector: fixed  |
@@ -41,7 +42,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray.runtime.agent import warm_up
@@ -97,6 +97,8 @@ Resources = dict[str, float]
 
 def trainer_class(coordinator: Any) -> Any:
     """TorchTrainer, with this module's policy if Ray's classes allow it."""
+    from ray.train.torch import TorchTrainer  # with torch, which Ray's controller would import with this module
+
     if reason := missing or _what_is_unknown():
         _say_that_stock_is_used(coordinator, reason)
         return TorchTrainer
@@ -108,6 +110,8 @@ def trainer_class(coordinator: Any) -> Any:
                 _say_that_stock_is_used(coordinator, reason)
             else:
                 kwargs["scaling_policy"] = policy
+            if "callbacks" in kwargs and not self.datasets:  # each worker group would get an actor for Ray's data sets
+                kwargs["callbacks"] = [c for c in kwargs["callbacks"] if type(c).__name__ != "DatasetsCallback"]
             return super()._initialize_and_run_controller(**kwargs)
 
     return ElasticTrainer
@@ -131,6 +135,8 @@ def _show(coordinator: Any, message: str) -> None:
 
 def _what_is_unknown() -> str:
     """What this module needs of Ray's private classes and does not find, or finds with other parameters."""
+    from ray.train.torch import TorchTrainer
+
     needed = {ElasticScalingPolicy: OVERRIDDEN + USED, TorchTrainer: ("_initialize_and_run_controller",)}
     absent = [
         f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)

@@ -1,10 +1,11 @@
 """A process on each machine that has imported everything, and forks the processes that train: in a tenth of a second
-instead of five. All agents of a job on one machine share it, and it outlives them: after a loss Ray starts new agents,
-and what they need is there. It ends by itself when nobody has used it for a while.
+instead of five. All agents on one machine share it, and it outlives them: after a loss Ray starts new agents, and what
+they need is there. It ends by itself when nobody has used it for a while.
 
     agent                      server                         process that trains
     connects                   says hello
-    sends a request            forks                          begins, with the agent's pipe and environment
+    sends a request            forks                          begins, with the agent's pipe, environment, folder and
+                                                              output
     reads the exit code        writes it when that ended
     closes the connection      SIGKILL, if it has not ended
 
@@ -57,6 +58,7 @@ CHECK_S = 0.05
 NUM_STARTS = 3
 """A server that ended so often before it was up will not be."""
 NUM_ADDRESSES = 16
+OUTPUT = (1, 2)
 RAISED = "raised"
 """A process whose function raised says (0, RAISED, (what, verdict)) on its pipe, as its last words."""
 
@@ -110,18 +112,26 @@ class Child:
 
 def spawn(key: str, preload: Sequence[str], pipe: Connection, target: str, *args: Any) -> Child:
     """Fork a process that calls `target(pipe, *args)`, from the server for `key`, which is started if there is none.
+    It has this process's environment, folder, stdout and stderr.
 
     `target`: "module:function", looked up in the new process. `pipe` is handed over: it is closed here.
     """
-    request = pickle.dumps((target, args, dict(os.environ)))
+    request = pickle.dumps((target, args, dict(os.environ), _folder()))
     with pipe, _connect(key, preload) as control:
         control.settimeout(START_S)
-        socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno()])
+        socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno(), *OUTPUT])
         control.sendall(request)
         pid, fds, _, _ = socket.recv_fds(control, 8, 1, socket.MSG_CMSG_CLOEXEC)
         if not fds:
             raise ConnectionError(f"the server for {key!r} could not fork a process: see what it wrote to stderr")
         return Child(socket.socket(fileno=control.detach()), int.from_bytes(pid, "big"), fds[0])
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return "/"
 
 
 def warm(key: str, preload: Sequence[str]) -> None:
@@ -231,6 +241,7 @@ def _peer(control: socket.socket) -> int:
 def main() -> None:
     """The server's loop."""
     listener = socket.socket(fileno=int(sys.argv[1]))
+    os.chdir("/")  # the folder of who started it may be removed
     for name in sys.argv[2].split(","):
         with contextlib.suppress(Exception):  # the process that trains will say what is wrong
             importlib.import_module(name)
@@ -295,16 +306,17 @@ def _ended() -> Iterator[tuple[int, int]]:
 def _fork(control: socket.socket, inherited: Sequence[socket.socket | selectors.BaseSelector]) -> int:
     """Read one request and fork its process, which closes what is `inherited`. EOFError if there is no request."""
     control.settimeout(REQUEST_S)
-    length, fds, _, _ = socket.recv_fds(control, 8, 1)
-    if len(length) < 8 or not fds:
-        raise EOFError
+    length, fds, _, _ = socket.recv_fds(control, 8, 1 + len(OUTPUT))
     try:
+        if len(length) < 8 or len(fds) < 1 + len(OUTPUT):
+            raise EOFError
         request = _receive(control, int.from_bytes(length, "big"))
         pid = os.fork()
         if pid == 0:
-            _become(inherited, Connection(fds[0]), request)
+            _become(inherited, fds, request)
     finally:
-        os.close(fds[0])
+        for fd in fds:
+            os.close(fd)
     try:
         with os.fdopen(os.pidfd_open(pid), "rb", buffering=0) as process:  # nobody but this process can free that id
             socket.send_fds(control, [pid.to_bytes(8, "big")], [process.fileno()])
@@ -314,17 +326,22 @@ def _fork(control: socket.socket, inherited: Sequence[socket.socket | selectors.
     return pid
 
 
-def _become(inherited: Sequence[socket.socket | selectors.BaseSelector], pipe: Connection, request: bytes) -> None:
-    """In the new process. Does not return."""
-    code = 1
+def _become(inherited: Sequence[socket.socket | selectors.BaseSelector], fds: Sequence[int], request: bytes) -> None:
+    """In the new process, with the agent's pipe and output. Does not return."""
+    code, pipe = 1, Connection(fds[0])
     try:
+        for given, own in zip(fds[1:], OUTPUT, strict=True):
+            os.dup2(given, own)
+            os.close(given)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for each in inherited:
             each.close()
-        target, args, environment = pickle.loads(request)
+        target, args, environment, folder = pickle.loads(request)
         os.environ.clear()
         os.environ.update(environment)
+        with contextlib.suppress(OSError):  # it may have been removed since
+            os.chdir(folder)
         module, _, function = target.partition(":")
         getattr(importlib.import_module(module), function)(pipe, *args)
         code = 0

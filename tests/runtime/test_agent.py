@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -12,11 +13,13 @@ import time
 from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import relora_ray
 from relora_ray.config import ClusterConfig
 from relora_ray.errors import ConfigError
 from relora_ray.runtime import agent
@@ -42,6 +45,24 @@ class Coordinator:
 
     def told(self, name: str) -> list[Any]:
         return [args for called, args in self.calls if called == name]
+
+
+def test_agents_share_a_server_if_they_have_the_same_code_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever job they are of, and whatever Ray gives each of them."""
+    key = agent._key()
+    for name in ("RAY_JOB_ID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "7")
+    assert agent._key() == key
+    with monkeypatch.context() as other:
+        other.setenv("HF_HUB_OFFLINE", "7")
+        assert agent._key() != key
+    package = Path(shutil.copytree(Path(relora_ray.__file__).parent, tmp_path / "relora_ray"))
+    monkeypatch.setattr(relora_ray, "__file__", str(package / "__init__.py"))
+    key = agent._key()
+    os.utime(package / "loop.py", ns=(0, 1))
+    assert agent._key() != key, "code that was edited is imported anew"
 
 
 @pytest.fixture

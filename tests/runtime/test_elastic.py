@@ -20,9 +20,9 @@ from relora_ray.config import RunConfig
 from relora_ray.metrics import Record, read, read_all, read_pages
 from relora_ray.runs import run_storage
 from relora_ray.runtime import driver, elastic
-from relora_ray.runtime.coordinator import Coordinator
 from relora_ray.runtime.driver import preflight
 from tests.cluster import Machines
+from tests.runtime.bad_machines import NamesBadMachines
 from tests.tiny import losses, run, stored_losses, tiny_config
 
 STEADY = 20
@@ -31,7 +31,7 @@ ENOUGH = "that is enough"
 
 @pytest.fixture
 def machines() -> Iterator[Machines]:
-    cluster = Machines(1)
+    cluster = Machines(1, setup_hook="tests.hooks.slow_down")
     yield cluster
     cluster.shutdown()
 
@@ -165,7 +165,7 @@ def test_group_leaves_a_machine_within_its_notice(data: Path, tmp_path: Path) ->
         "data.seq_len=64",
     )  # fmt: skip
     cfg = preflight(tiny_config(data, tmp_path / "a", "cluster.workers=2", *overrides))
-    cluster = Machines(2)
+    cluster = Machines(2, setup_hook="tests.hooks.slow_down")
     try:
         stays, leaves = cluster.nodes
         used: list[set[str]] = []
@@ -191,14 +191,6 @@ def test_group_leaves_a_machine_within_its_notice(data: Path, tmp_path: Path) ->
     assert restarts[1]["from_step"] > stored[0]
     assert restarts[1]["steps_lost"] == 0
     assert_is_undisturbed(cfg, tiny_config(data, tmp_path / "b", *overrides))
-
-
-class NamesBadMachines(Coordinator):
-    """Those whose ids are in a file beside the run."""
-
-    def bad_nodes(self) -> list[str]:
-        named = Path(self._storage.url).parent / "bad"
-        return named.read_text().split() if named.exists() else []
 
 
 def test_bad_machine_is_left_and_not_used_again(

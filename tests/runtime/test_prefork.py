@@ -75,6 +75,30 @@ def test_process_begins_with_imports_and_the_agents_environment(key: str, monkey
     assert os.getpid() not in parents
 
 
+def speak(pipe: Connection) -> None:
+    print("out of", os.getcwd(), flush=True)
+    print("err", file=sys.stderr, flush=True)
+    pipe.send("said")
+
+
+def test_process_has_its_agents_folder_and_output(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not those of who started the server, whose folder and log may be gone."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with capfd.disabled(), open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
+            monkeypatch.setattr(prefork, "OUTPUT", (out.fileno(), err.fileno()))
+            child, pipe = start(key, speak)
+        assert pipe.recv() == "said"
+        assert child.wait() == 0
+    for folder in folders:
+        assert (folder / "out").read_text() == f"out of {folder}\n"
+        assert (folder / "err").read_text() == "err\n"
+
+
 def test_end_is_known_with_its_code(key: str, capfd: pytest.CaptureFixture[str]) -> None:
     child, pipe = start(key, obey, 7)
     pipe.recv()
