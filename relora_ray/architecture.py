@@ -21,6 +21,7 @@ import transformers
 from relora_ray.config import ModelConfig, flatten
 from relora_ray.errors import CheckpointError, ConfigError
 from relora_ray.hub import missing
+from relora_ray.small import pad_moves_others
 
 _OF_NO_ACCOUNT = (
     "transformers_version", "_name_or_path", "name_or_path",  # who wrote it, and where
@@ -32,7 +33,7 @@ _OF_NO_ACCOUNT = (
 
 _NOT_THE_FUNCTION = re.compile(
     r"(^|\.)(vocab_size|tie_word_embeddings|initializer\w*|init_\w+|\w*_token_ids?|\w*dropout\w*|\w*_pdrop|"
-    r"\w*_loss_coef|output_\w+|return_dict|id2label.*|label2id.*|num_labels|problem_type|"
+    r"\w*_loss_coef|output_(hidden_states|attentions|scores|router_logits|past)|return_dict|id2label.*|label2id.*|num_labels|problem_type|"
     r"chunk_size_feed_forward|pretraining_tp|gradient_checkpointing|auto_map.*|max_window_layers|summary_\w+)$"
 )
 """Keys in which a model may differ from the one whose weights it takes: what they change shows in names and shapes of
@@ -134,13 +135,15 @@ def hf_config(model: ModelConfig, seq_len: int, architecture: Architecture | Non
     for part in parts:
         if model.vocab_size is not None and hasattr(part, "vocab_size"):
             part.vocab_size = model.vocab_size
+            if getattr(part, "vocab_size_per_layer_input", None):  # Gemma's second table of token ids
+                part.vocab_size_per_layer_input = model.vocab_size
             if (getattr(part, "pad_token_id", None) or 0) >= model.vocab_size:
                 part.pad_token_id = None  # there is no such row to keep at zero
         part.use_cache = False
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
                 delattr(part, key)
-    positions = next((n for part in reversed(parts) if (n := _positions(part)) is not None), None)
+    positions = next((n for part in reversed(parts) if (n := position_limit(part)) is not None), None)
     if positions is not None and seq_len > positions:
         raise ConfigError(
             f"data.seq_len={seq_len} is more than the {positions} positions of {place}. Use data.seq_len={positions} "
@@ -155,9 +158,13 @@ def function_differences(there: Any, here: Any) -> list[str]:
     there, here = (list(language_model_parts(config))[-1] for config in (there, here))
     if there.model_type != here.model_type:
         return [f"model_type: {there.model_type!r} there, {here.model_type!r} here"]
+    pads = [
+        f"pad_token_id: {there.pad_token_id!r} there, {here.pad_token_id!r} here"
+        for _ in range(there.pad_token_id != here.pad_token_id and pad_moves_others(here))
+    ]
     positions = set() if _depends_on_positions(here) or _depends_on_positions(there) else set(_POSITIONS)
     known = _settings(here)
-    return [
+    return pads + [
         line
         for line in Architecture(_content(there)).differences(Architecture(_content(here)))
         if (key := line.partition(":")[0]).partition(".")[0] in known
@@ -236,6 +243,7 @@ def language_model_parts(config: Any) -> Iterator[Any]:
         yield text
 
 
-def _positions(config: Any) -> int | None:
+def position_limit(config: Any) -> int | None:
+    """How many positions a configuration names."""
     found = (getattr(config, name, None) for name in _POSITIONS)
     return next((n for n in found if isinstance(n, int) and n > 0), None)

@@ -18,6 +18,7 @@ from torch import nn
 
 from relora_ray.architecture import function_differences, language_model_parts
 from relora_ray.errors import ConfigError, ExportError
+from relora_ray.small import pad_moves_others
 from relora_ray.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def write_hf_folder(
 
 
 def _tell_earlier_versions(path: Path) -> None:
-    """Write the rotary base also where transformers 4 looks for it, which would silently take its default."""
+    """Write what rotary embeddings need also where transformers 4 looks for it, which would silently take its defaults:
+    under its names of this architecture, which are those that a present version reads as the same."""
     written = path.read_text()
     raw = json.loads(written)
     rope = raw.get("rope_parameters") or {}
@@ -76,13 +78,16 @@ def _tell_earlier_versions(path: Path) -> None:
         return  # none, or one for each kind of layer, which version 4 had other names for
     read = transformers.AutoConfig.from_pretrained(path).to_dict()
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    raw |= {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling if scaling.get("rope_type") != "default" else None,
-    }
-    path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-    if transformers.AutoConfig.from_pretrained(path).to_dict() != read:  # an architecture that knows no such keys
-        path.write_text(written)
+    theta, part = rope["rope_theta"], rope.get("partial_rotary_factor")
+    earlier = [{"rope_theta": theta, "rope_scaling": scaling if scaling.get("rope_type") != "default" else None}]
+    earlier += [{"rotary_emb_base": theta}]
+    earlier += [{name: part} for name in ("partial_rotary_factor", "rotary_pct") if part is not None]
+    for keys in earlier:
+        path.write_text(json.dumps(raw | keys, indent=2, sort_keys=True) + "\n")
+        if transformers.AutoConfig.from_pretrained(path).to_dict() == read:
+            raw, written = raw | keys, path.read_text()
+        else:  # an architecture that knows no such keys
+            path.write_text(written)
 
 
 def export_config(
@@ -100,6 +105,8 @@ def export_config(
         said = getattr(tokenizer, name, None)
         if name == "bos_token_id" and begin_token_id is not None:
             said = begin_token_id
+        if name == "pad_token_id" and said not in (None, own) and own is not None and pad_moves_others(config):
+            said = None  # it is no mere name of padding: RoBERTa's positions begin behind it
         if said is not None and not (isinstance(own, list) and said in own):
             own = said
         known = [n for n in (own if isinstance(own, list) else [own]) if n is not None and 0 <= n < (rows or n + 1)]

@@ -35,8 +35,26 @@ def build_model(
             f"model.huggingface={model.huggingface!r} is no causal language model that can be trained here: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    if device != "meta":
+        _draw_padding_row_(built, key(seed, "padding"))
     freeze_(built, model.frozen)
     return built.train()
+
+
+@torch.no_grad()
+def _draw_padding_row_(model: nn.Module, seed: int) -> None:
+    """Have the row of pad_token_id be one as any other: rows here have no padding, and the data's own id of that number
+    (Phi-3 ends documents with it) would be read as zero, and never trained."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    row = getattr(embedding, "padding_idx", None)
+    if row is None:
+        return
+    embedding.padding_idx = None
+    weight = embedding.weight
+    if not weight[row].count_nonzero():
+        generator = torch.Generator().manual_seed(seed)
+        others = torch.cat([weight[:row], weight[row + 1 :]]).std()
+        weight[row] = others.cpu() * torch.randn(weight.shape[1], generator=generator)
 
 
 def freeze_(model: nn.Module, segments: Iterable[str]) -> None:
@@ -58,17 +76,19 @@ def is_in(segment: str, name: str) -> bool:
 
 
 @torch.no_grad()
-def check_causal(model: nn.Module) -> None:
-    """See that no token looks ahead: some architectures load as causal models and are not. ConfigError.
+def check_causal(model: nn.Module, ids: torch.Tensor | None = None) -> None:
+    """See that no token of a row (`ids`: [1, tokens], default: eight) looks ahead: some architectures load as causal
+    models and are not. ConfigError.
 
     What leaks is of the logits' own size, rounding is a millionth of it: experts are given other rows together.
     """
     was_training = model.training
     model.eval()
-    first = torch.arange(8).view(1, 8)
+    first = torch.arange(8).view(1, 8) if ids is None else ids
+    half = first.shape[1] // 2
     second = first.clone()
-    second[0, 4:] = 0
-    before, after = (model(input_ids=ids).logits[0, :4].float() for ids in (first, second))
+    second[0, half:] = 0
+    before, after = (model(input_ids=row).logits[0, :half].float() for row in (first, second))
     model.train(was_training)
     if (before - after).abs().max() > LEAK * before.abs().max():
         raise ConfigError(

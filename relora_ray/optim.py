@@ -22,9 +22,9 @@ STATE_NAMES = ("step", *MOMENTS)
 def build_adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2019) over `model`'s trainable parameters.
 
-    Matrices decay; tensors of one dimension or none do not (norms, biases, scalars), and neither do what state space
-    models call A_log, what an architecture marks, and norms of several heads. The learning rate is set by the loop at
-    every step.
+    Matrices decay; tensors of one dimension or none do not (norms, biases, scalars), and neither do biases of more
+    (of experts, of heads), what state space models call A_log and D, what an architecture marks, and norms of several
+    heads. The learning rate is set by the loop at every step.
     """
     spared = _without_decay(model)
     groups = [
@@ -51,7 +51,8 @@ def _without_decay(model: nn.Module) -> set[nn.Parameter]:
         if parameter.ndim < 2
         or (parameter.ndim > 2 and sum(size > 1 for size in parameter.shape) < 2)  # a vector: RWKV's time_mix
         or "norm" in type(module).__name__.lower()
-        or name == "A_log"
+        or name in ("A_log", "D")
+        or name.endswith("bias")
         or getattr(parameter, "_no_weight_decay", False)
     }
 

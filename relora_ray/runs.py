@@ -26,7 +26,15 @@ import torch
 import yaml
 from torch import nn
 
-from relora_ray.architecture import Architecture, hf_config, is_same_place, is_there, read_architecture, read_hf_config
+from relora_ray.architecture import (
+    Architecture,
+    hf_config,
+    is_same_place,
+    is_there,
+    position_limit,
+    read_architecture,
+    read_hf_config,
+)
 from relora_ray.checkpoint import (
     History,
     Manifest,
@@ -52,11 +60,13 @@ from relora_ray.storage import Storage
 from relora_ray.weights import (
     check_function,
     check_shapes,
+    check_tied_values,
     check_ties,
     check_weights,
     copy_weights,
     is_hf_folder,
     load_weights,
+    tied_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -371,6 +381,8 @@ def check_init_from(cfg: RunConfig, shell: nn.Module) -> None:
     (place, step, kind), what = _init_from(cfg), f"model.init_from={cfg.model.init_from!r}"
     if kind == "reference":
         check_shapes(shell.state_dict(), read_reference(place, device="meta"), what)
+        if tied_names(shell):
+            check_tied_values(shell, read_reference(place), what)
     elif kind == "run":
         setting = find_setting(Storage(place, options_for(place, cfg)))
         existing_step(setting.run, step)
@@ -423,6 +435,21 @@ def check_embedding(cfg: RunConfig, model: nn.Module) -> None:
             f"{rows} rows. Leave it out, or change the vocabulary in the config.json itself."
         )
     check_vocabulary(rows, open_data(cfg))
+    _check_positions(cfg, model)
+
+
+def _check_positions(cfg: RunConfig, model: nn.Module) -> None:
+    """ConfigError if rows are longer than a table of positions that begin behind pad_token_id, as RoBERTa's do."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():  # type: ignore[operator]
+            pad = module.padding_idx
+            if pad is not None and module.num_embeddings == position_limit(model.config):
+                usable = module.num_embeddings - pad - 1
+                if cfg.data.seq_len > usable:
+                    raise ConfigError(
+                        f"data.seq_len={cfg.data.seq_len} is more than the {usable} positions that "
+                        f"{type(model).__name__} has behind pad_token_id={pad}. Use data.seq_len={usable} or less."
+                    )
 
 
 @dataclass(frozen=True)

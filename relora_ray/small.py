@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 import transformers
 
 MOST_LAYERS = 4
-"""So many blocks at most; more where a kind of block begins later."""
-VOCABULARY, POSITIONS = 128, 64
+"""So many blocks at most, of every kind if there is room."""
+VOCABULARY, POSITIONS = 128, 512
 
 _SIZES: tuple[tuple[str, int], ...] = (
     # Regular expressions of names; the first that fits decides. Nothing becomes larger than it was.
@@ -42,31 +43,44 @@ _DEPTHS = re.compile(
 )
 
 
-def small_config(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
-    """The same architecture at a tiny width and depth, without dropout and cache. Raises what the library raises where
-    that is no config of it."""
+def small_config(
+    config: transformers.PretrainedConfig, *, most_layers: int | None = MOST_LAYERS
+) -> transformers.PretrainedConfig:
+    """The same architecture at a tiny width and depth, without dropout and cache; with all of its blocks if
+    `most_layers` is None. Raises what the library raises where that is no config of it."""
     given = config.to_dict()
-    small = {name: _smaller(name, value) for name, value in given.items()}
+    small = {
+        name: value if most_layers is None and _DEPTHS.fullmatch(name) else _smaller(name, value)
+        for name, value in given.items()
+    }
     if (heads := given.get("num_attention_heads")) is not None and heads == given.get("num_key_value_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
-    depth = next((value for name, value in given.items() if _DEPTHS.fullmatch(name) and isinstance(value, int)), 0)
-    by_layer = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == depth > 0}
-    kept = _layers_to_keep([tuple(map(str, kinds)) for kinds in zip(*by_layer.values(), strict=True)])
-    small |= {name: [value[n] for n in kept] for name, value in by_layer.items()}
-    if isinstance(only := given.get("per_layer_config"), dict):
-        small["per_layer_config"] = {n: only[n] for n in only if int(n) < MOST_LAYERS}
+    if most_layers is not None:
+        small |= _fewer_layers(given, most_layers)
     for name in config.sub_configs:
         inner = getattr(config, name, None)
         if isinstance(inner, transformers.PretrainedConfig):
-            small[name] = small_config(inner)
-    return type(config)(**small | _QUIRKS.get(config.model_type, {}) | {"use_cache": False})
+            small[name] = small_config(inner, most_layers=most_layers)
+    quirks = {} if most_layers is None else _FEW_LAYERS.get(config.model_type, {})
+    return type(config)(**small | _QUIRKS.get(config.model_type, {}) | quirks | {"use_cache": False})
 
 
-def _layers_to_keep(kinds: list[tuple[str, ...]]) -> list[int]:
+def _fewer_layers(given: dict[str, Any], most_layers: int) -> dict[str, Any]:
+    """Settings that have a value for each block."""
+    depth = next((value for name, value in given.items() if _DEPTHS.fullmatch(name) and isinstance(value, int)), 0)
+    by_layer = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == depth > 0}
+    kept = _layers_to_keep([tuple(map(str, kinds)) for kinds in zip(*by_layer.values(), strict=True)], most_layers)
+    fewer: dict[str, Any] = {name: [value[n] for n in kept] for name, value in by_layer.items()}
+    if isinstance(only := given.get("per_layer_config"), dict):
+        fewer["per_layer_config"] = {n: only[n] for n in only if int(n) < most_layers}
+    return fewer
+
+
+def _layers_to_keep(kinds: list[tuple[str, ...]], most: int) -> list[int]:
     """Blocks of every kind, if there is room, else the first ones."""
-    firsts = [n for n, kind in enumerate(kinds) if kind not in kinds[:n]][:MOST_LAYERS]
+    firsts = [n for n, kind in enumerate(kinds) if kind not in kinds[:n]][:most]
     others = [n for n in range(len(kinds)) if n not in firsts]
-    return sorted(firsts + others[: MOST_LAYERS - len(firsts)])
+    return sorted(firsts + others[: most - len(firsts)])
 
 
 def _smaller(name: str, value: Any) -> Any:
@@ -84,13 +98,34 @@ def _smaller(name: str, value: Any) -> Any:
     return value
 
 
+@torch.no_grad()
+def pad_moves_others(config: transformers.PretrainedConfig) -> bool:
+    """Whether another pad_token_id changes how tokens are read that are no padding, as in RoBERTa, whose positions
+    begin behind it. False for what has no tiny form."""
+    try:
+        models = []
+        for pad in (1, 9):
+            small = small_config(config)
+            for part in {id(small): small, id(small.get_text_config()): small.get_text_config()}.values():
+                part.pad_token_id = pad
+            with torch.random.fork_rng(devices=[]):
+                models.append(transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
+        models[1].load_state_dict(models[0].state_dict())
+        ids = torch.arange(16, 32)[None]
+        one, other = (model(input_ids=ids).logits for model in models)
+    except Exception:  # whatever a class says that cannot be made so
+        return False
+    return not torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
 _BLOCKS = ["mamba", "hybrid", "mamba", "hybrid"]
 
 _QUIRKS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "zamba": {"layers_block_type": _BLOCKS, "attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {
-        "layers_block_type": _BLOCKS, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-    },
-}  # fmt: skip
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+}
+_FEW_LAYERS: dict[str, dict[str, Any]] = {
+    "zamba": {"layers_block_type": _BLOCKS},
+    "zamba2": {"layers_block_type": _BLOCKS, "hybrid_layer_ids": [1, 3]},
+}

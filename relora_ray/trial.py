@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 import transformers
@@ -25,8 +26,14 @@ from relora_ray.token_loss import TokenLoss
 logger = logging.getLogger(__name__)
 
 TOKENS = 32
-SAME_LOSS = 1e-4
+LONG = 288
+"""Tokens of a row in which every part of known architectures takes part: DeepSeek-V4 compresses 128 at a time, and
+BigBird looks at all of a shorter row."""
+SAME_LOSS = 1e-5
 """Two ways to compute one loss differ by less, relative to it."""
+NOTHING = 1e-8
+"""A gradient whose largest entry is no more, relative to the model's largest, is rounding. Those of known
+architectures are above 1e-6."""
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -87,54 +94,73 @@ def try_architecture(cfg: RunConfig, architecture: Architecture | None = None) -
 
     An architecture that has no tiny form is not tried: what is wrong is found at the first update then."""
     config = hf_config(cfg.model, cfg.data.seq_len, architecture)
+    _refuse_layers_left_out(config)
+    tokens = min(LONG, cfg.data.seq_len)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(small_config(config), dtype=torch.float32)
-            _probe(model)
-            model.zero_grad()
+        model = _small_model(small_config(config), tokens)
+    except ConfigError:
+        raise
     except Exception as error:  # the config is checked elsewhere; here it is the making small that failed
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.info("the architecture has no tiny form, so that it is not tried out before the start (%s)", text)
         return
     _say_what_is_dropped(config)
+    deep: nn.Module | None = None
+    try:
+        _try(model, cfg, trial_ids())
+    except ConfigError:
+        # Only all of its blocks have the names that the settings may mean, and some parts see nothing in short rows.
+        with suppress(Exception):  # it may have no tiny form of its depth
+            deep = _small_model(small_config(config, most_layers=None), tokens)
+        if deep is None:
+            raise
+        _try(deep, cfg, trial_ids(tokens))
+
+
+def _small_model(config: transformers.PretrainedConfig, tokens: int) -> nn.Module:
+    """That computes something. ConfigError if in rows of so many tokens one looks ahead."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # First of all: some turn to another attention for good after a short row.
+        check_causal(model, trial_ids(tokens)[:1, :-1])
+        model(input_ids=trial_ids()[:, :-1]).logits.float().logsumexp(-1).mean().backward()
+        model.zero_grad()
+    return model
+
+
+def _try(model: nn.Module, cfg: RunConfig, ids: torch.Tensor) -> None:
     freeze_(model, cfg.model.frozen)
     model.train()
-    check_causal(model)
-    _check_loss(model, cfg)
+    check_loss(model, cfg, ids)
     check_gradients(model)
+    _say_what_has_no_effect(model)
     if isinstance(cfg.method, LoraConfig):
         model.zero_grad()
         wrap_(model, cfg.method.model_copy(update={"lora_rank": 2}))
         redraw_all_(model, seed=0, boundary=0)
-        _loss(model, cfg).backward()
+        mean_loss(model, cfg, ids).backward()
         check_gradients(model)
 
 
-def _ids() -> torch.Tensor:
-    return torch.randint(0, VOCABULARY - 8, (2, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+def trial_ids(tokens: int = TOKENS) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY - 8, (2, tokens + 1), generator=torch.Generator().manual_seed(0))
 
 
-def _probe(model: nn.Module) -> None:
-    model(input_ids=_ids()[:, :-1]).logits.float().logsumexp(-1).mean().backward()
-
-
-def _loss(model: nn.Module, cfg: RunConfig) -> torch.Tensor:
+def mean_loss(model: nn.Module, cfg: RunConfig, ids: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens, as the run computes it."""
-    ids = _ids()
     train = cfg.train.model_copy(update={"precision": "fp32", "loss_chunk_tokens": None})
     total: torch.Tensor = TokenLoss(model, train)(ids[:, :-1], ids[:, 1:], torch.ones(len(ids)))
     return total / ids[:, 1:].numel()
 
 
-def _check_loss(model: nn.Module, cfg: RunConfig) -> None:
+def check_loss(model: nn.Module, cfg: RunConfig, ids: torch.Tensor) -> None:
     """Leaves the gradients of the run's loss."""
-    again, ours = _loss(model, cfg), _loss(model, cfg)
+    again, ours = mean_loss(model, cfg, ids), mean_loss(model, cfg, ids)
     ours.backward()
     if not torch.equal(again, ours):
         logger.warning("%s draws random numbers: its own loss is not compared with", type(model).__name__)
         return
-    ids = _ids()
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     with torch.no_grad():
         try:
@@ -149,6 +175,37 @@ def _check_loss(model: nn.Module, cfg: RunConfig) -> None:
         f"adds something to the cross-entropy of the next token that would be left out here. Switch it off in its "
         f"config.json, or take another architecture."
     )
+
+
+def _refuse_layers_left_out(config: transformers.PretrainedConfig) -> None:
+    """ConfigError if the architecture leaves out whole layers by chance, each rank others."""
+    for name, rate in config.get_text_config().to_dict().items():
+        if name.lower().replace("_", "").endswith("layerdrop") and isinstance(rate, float) and rate > 0:
+            raise ConfigError(
+                f"the architecture leaves out layers by chance ({name}={rate:g}), and a layer that was not called has "
+                f"no gradient to sum over the ranks. Set {name} to 0 in its config.json."
+            )
+
+
+def _say_what_has_no_effect(model: nn.Module) -> None:
+    """Warn of what has a gradient that is zero, as the router of experts of which each token goes to one, weighted by
+    1; and of the bias that balances experts, which the published training moves and a gradient does not."""
+    largest = {n: float(p.grad.abs().max()) for n, p in model.named_parameters() if p.grad is not None}
+    zero = {name for name, size in largest.items() if size <= NOTHING * max(largest.values())}
+    others = {n for n, p in model.named_parameters() if p.requires_grad} - zero
+    if zero:
+        logger.warning(
+            "%s of %s has a gradient of zero and will hardly be trained: does its setting leave it nothing to choose, "
+            "as with one expert for each token?",
+            _listed(shortest_names(zero, others)),
+            type(model).__name__,
+        )
+    if any(name.endswith("e_score_correction_bias") for name, _ in model.named_buffers()):
+        logger.warning(
+            "%s balances its experts by a bias (e_score_correction_bias) that the training it was published with "
+            "moves, and this one does not: it stays as it is.",
+            type(model).__name__,
+        )
 
 
 def _say_what_is_dropped(config: transformers.PretrainedConfig) -> None:

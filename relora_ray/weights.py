@@ -124,6 +124,7 @@ def copy_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     """Copy a dense state dict into `model` in place; every name and shape must match, else ConfigError."""
     own = model.state_dict()
     check_shapes(own, weights, source)
+    check_tied_values(model, weights, source)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -157,16 +158,33 @@ def check_function(there: Any, here: Any, source: str) -> None:
 
 def check_ties(here: nn.Module, there: nn.Module, source: str) -> None:
     """ConfigError if one weight of the model `here` is two in the model `there`: one of the two would be lost."""
-    names = defaultdict(list)
-    for name, parameter in here.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
     theirs = {name: id(p) for name, p in there.named_parameters(remove_duplicate=False)}
-    for tied in names.values():
+    for tied in tied_names(here):
         if len({theirs[name] for name in tied if name in theirs}) > 1:
-            raise ConfigError(
-                f"{source} has {' and '.join(tied)} apart, and they are one weight in the run's model. Untie them "
-                f"here, too: model.tie_embeddings=false, or tie_word_embeddings in the config.json."
-            )
+            raise _apart(tied, source)
+
+
+def check_tied_values(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """ConfigError if a weight that is one in `model` has two values in a dense state dict."""
+    for tied in tied_names(model):
+        first, *others = (name for name in tied if name in weights)
+        if not all(torch.equal(weights[first], weights[name]) for name in others):
+            raise _apart(tied, source)
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one, and of no others."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [tied for tied in names.values() if len(tied) > 1]
+
+
+def _apart(tied: list[str], source: str) -> ConfigError:
+    return ConfigError(
+        f"{source} has {' and '.join(tied)} apart, and they are one weight in the run's model. Untie them here, too: "
+        f"model.tie_embeddings=false, or tie_word_embeddings in the config.json."
+    )
 
 
 def _fill(model: Any, tensors: dict[str, Stored], place: str, device_map: dict[str, str]) -> list[str]:
@@ -293,8 +311,23 @@ def _open(folder: Path, place: str, opened: ExitStack) -> dict[str, Stored]:
     return tensors
 
 
+def _named_in_config(folder: Path) -> str | None:
+    try:
+        named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):  # it is read, and refused, elsewhere
+        return None
+    return named if isinstance(named, str) else None
+
+
 def _files(folder: Path, place: str) -> list[Path]:
     """The safetensors files that transformers would read. ConfigError if one is missing."""
+    if (named := _named_in_config(folder)) is not None:
+        if Path(named).name != named or not (folder / named).is_file() or not named.endswith(".safetensors"):
+            raise ConfigError(
+                f"model.init_from={place!r}: its config.json names {named!r} as its weights (transformers_weights), "
+                f"which is no safetensors file in it. {_AGAIN}"
+            )
+        return [folder / named]
     if (single := folder / SINGLE).is_file():
         return [single]
     index = folder / INDEX

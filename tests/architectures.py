@@ -19,7 +19,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from relora_ray.architecture import hf_config, read_architecture
+from relora_ray.architecture import hf_config, position_limit, read_architecture
 from relora_ray.config import ModelConfig, ReloraConfig, RunConfig
 from relora_ray.errors import ConfigError
 from relora_ray.hf_export import export_config, write_hf_folder
@@ -35,7 +35,7 @@ from relora_ray.methods.lowrank import (
 from relora_ray.model import build_model, check_causal
 from relora_ray.optim import build_adamw
 from relora_ray.small import small_config
-from relora_ray.trial import _check_loss, _ids, _loss, check_gradients
+from relora_ray.trial import LONG, TOKENS, check_gradients, check_loss, mean_loss, trial_ids
 from relora_ray.weights import check_weights, load_weights
 from tests.tiny import tiny_config
 
@@ -56,7 +56,11 @@ ENCODERS = {
 }  # fmt: skip
 """Decoders only if their config says so, as here: is_decoder."""
 
+LONG_ROWS = ("deepseek_v4",)
+"""Some parts take part in long rows only."""
+
 NOT_TRAINED = {
+    "big_bird": "it looks ahead in rows of more than a few blocks: it is no causal model",
     "cpmant": "it looks ahead: it is no causal model",
     "prophetnet": "its own loss is another than the cross-entropy of the next token",
     "xlm": "it looks ahead: it is no causal model",
@@ -119,33 +123,33 @@ def examine(model_type: str, folder: Path) -> Found:
     config = small_config(CONFIG_MAPPING[model_type](**given))
     config.save_pretrained(folder / "config")
     cfg = tiny_config(
-        folder, folder, "method.lora_rank=2", "method.alpha=4", "optimizer.learning_rate=1e-3", "data.seq_len=32",
-        model={"huggingface": str(folder / "config")},
+        folder, folder, "method.lora_rank=2", "method.alpha=4", "optimizer.learning_rate=1e-3",
+        f"data.seq_len={TOKENS}", model={"huggingface": str(folder / "config")},
     )  # fmt: skip
-    found = Found()
+    found, ids = Found(), trial_ids(LONG if model_type in LONG_ROWS else TOKENS)
     plain = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
-    check_causal(plain)
-    _check_loss(plain, cfg)
+    check_causal(plain, trial_ids(min(LONG, (position_limit(config.get_text_config()) or LONG) - 8))[:1, :-1])
+    check_loss(plain, cfg, ids)
     found.frozen = _asked_for(plain, "model.frozen")
     model_cfg = cfg.model.model_copy(update={"frozen": tuple(found.frozen)})
     while True:
         model = _wrapped(cfg, model_cfg, found.leave_out)
-        _loss(model, cfg).backward()
+        mean_loss(model, cfg, ids).backward()
         if not (more := _asked_for(model, "method.leave_out")):
             break
         assert not set(more) & set(found.leave_out)
         found.leave_out += more
-    before = _logits(build_model(model_cfg, seq_len=cfg.data.seq_len, seed=cfg.seed))
-    found.wrapping = _change(before, _logits(model))
-    _train(cfg, model, found)
-    before = _logits(model)
+    before = _logits(build_model(model_cfg, seq_len=cfg.data.seq_len, seed=cfg.seed), ids)
+    found.wrapping = _change(before, _logits(model, ids))
+    _train(cfg, model, ids, found)
+    before = _logits(model, ids)
     merge_all_(model)
     redraw_all_(model, seed=0, boundary=1)
-    found.merging = _change(before, _logits(model))
+    found.merging = _change(before, _logits(model, ids))
     _export(model_cfg, model, cfg.data.seq_len, folder)
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
     exported.config.get_text_config().use_cache = exported.config.use_cache = False
-    found.exporting = _change(before, _logits(exported))
+    found.exporting = _change(before, _logits(exported, ids))
     found.kinds = Counter(type(layer).__name__ for layer in low_rank_layers(model).values())
     return found
 
@@ -183,12 +187,12 @@ def _asked_for(model: torch.nn.Module, key: str) -> list[str]:
     return []
 
 
-def _train(cfg: RunConfig, model: torch.nn.Module, found: Found) -> None:
+def _train(cfg: RunConfig, model: torch.nn.Module, ids: torch.Tensor, found: Found) -> None:
     model.train()
     optimizer = build_adamw(model, cfg.optimizer)
     for _ in range(5):
         optimizer.zero_grad()
-        loss = _loss(model, cfg)
+        loss = mean_loss(model, cfg, ids)
         loss.backward()
         optimizer.step()
         refresh_all_(model)
@@ -196,9 +200,9 @@ def _train(cfg: RunConfig, model: torch.nn.Module, found: Found) -> None:
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
+def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     model.eval()
-    logits: torch.Tensor = model(input_ids=_ids()[:, :-1]).logits.float()
+    logits: torch.Tensor = model(input_ids=ids[:, :-1]).logits.float()
     return logits
 
 

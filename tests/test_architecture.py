@@ -25,6 +25,7 @@ from relora_ray.model import build_model, embedding_rows
 from relora_ray.runs import check_run, find_setting, load_trained, run_storage
 from relora_ray.runtime.driver import preflight
 from relora_ray.runtime.sweep import _decisive, _goes_by_place, _refuse_another, check_sweep, first_run
+from relora_ray.small import small_config
 from relora_ray.spectrum import run_spectrum
 from relora_ray.storage import Storage
 from relora_ray.sweep.space import load_sweep
@@ -225,6 +226,15 @@ def test_vocabulary_reaches_the_language_model(config: Any, tmp_path: Path) -> N
         built = build_model(model, seq_len=24, seed=0, device="meta", architecture=architecture)
         assert embedding_rows(built) == rows
         assert built.config.get_text_config().vocab_size == rows
+
+
+def test_vocabulary_reaches_the_table_for_each_layer(tmp_path: Path) -> None:
+    small_config(transformers.CONFIG_MAPPING["gemma4_text"]()).save_pretrained(tmp_path)
+    model = ModelConfig(huggingface=str(tmp_path), vocab_size=300)
+    built = build_model(model, seq_len=24, seed=0, architecture=read_architecture(str(tmp_path)))
+    tables = {name: len(p) for name, p in built.named_parameters() if "embed_tokens" in name}
+    assert set(tables.values()) == {300}
+    assert len(tables) == 2
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from relora_ray.errors import ExportError
 from relora_ray.export import export
 from relora_ray.runs import find_setting, load_trained, run_storage
 from relora_ray.runtime.driver import preflight
+from relora_ray.small import small_config
 from relora_ray.storage import Storage
 from tests.test_architecture import SIZES, edit
 from tests.tiny import run, tiny_config
@@ -93,6 +95,37 @@ def test_ids_that_no_tokenizer_has_are_the_architectures(data: Path, tmp_path: P
     beyond = transformers.LlamaConfig(**SIZES, bos_token_id=128000, eos_token_id=[128001], pad_token_id=-1)
     made = hf_export.export_config(beyond, None, end_token_id=9, own_ids=True)
     assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (None, 9, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("phi", {"partial_rotary_factor": 0.25}, {"partial_rotary_factor": 0.25, "rope_theta": 5e5}),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5, "rotary_emb_base": 5e5}),
+        ("stablelm", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5, "rope_theta": 5e5}),
+    ],
+)
+def test_rotary_settings_are_where_version_4_looks_for_them(
+    kind: str, settings: dict[str, float], expected: dict[str, float], tmp_path: Path
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e5} | settings
+    config = small_config(transformers.CONFIG_MAPPING[kind](rope_parameters=rope))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hf_export.write_hf_folder(model, dense, config, str(tmp_path), dtype=torch.float32)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert {name: said.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xglm"])
+def test_padding_that_decides_positions_stays_the_architectures(kind: str, tmp_path: Path) -> None:
+    config = small_config(transformers.CONFIG_MAPPING[kind](pad_token_id=1, is_decoder=True))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=9)
+    made = hf_export.export_config(config, tokenizer, end_token_id=0, own_ids=True)
+    assert made.pad_token_id == 1
+    hf_export.write_hf_folder(model, dense, made, str(tmp_path), dtype=torch.float32)
 
 
 def test_settings_of_the_architecture_stay(data: Path, tmp_path: Path, folder: Path) -> None:

@@ -24,6 +24,7 @@ from relora_ray.optim import build_adamw, prune_state_
 from relora_ray.parallel import World
 from relora_ray.reference import read_reference
 from relora_ray.runs import new_model
+from relora_ray.runtime.driver import preflight
 from relora_ray.schedule import lr_multiplier
 from tests.tiny import Crash, crash_at, run, tiny_config
 
@@ -196,3 +197,11 @@ def test_unreadable_published_checkpoints_are_refused(tmp_path: Path) -> None:
     weights.rename(tmp_path / "a/pytorch_model.bin")
     with pytest.raises(ConfigError, match="is a pickle and is not read"):
         read_reference(str(tmp_path / "a"))
+
+
+def test_published_checkpoint_whose_head_is_apart_is_no_source_of_a_tied_model(data: Path, tmp_path: Path) -> None:
+    published_checkpoint(tmp_path / "published")
+    cfg = tiny_config(data, tmp_path, "model.tie_embeddings=true", f"model.init_from={tmp_path}/published")
+    for refused in (preflight, new_model):
+        with pytest.raises(ConfigError, match=r"has model.embed_tokens.weight and lm_head.weight apart"):
+            refused(cfg)

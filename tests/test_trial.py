@@ -15,12 +15,13 @@ from torch import nn
 from relora_ray.config import RunConfig, TrainConfig
 from relora_ray.conformance.processes import run_ranks
 from relora_ray.errors import CheckpointError, ConfigError
-from relora_ray.loop import run_attempt
+from relora_ray.loop import open_batches, run_attempt
 from relora_ray.model import build_model, check_causal
 from relora_ray.optim import build_adamw
 from relora_ray.parallel import World
 from relora_ray.runs import Setting, check_run
 from relora_ray.runtime.driver import preflight
+from relora_ray.small import small_config
 from relora_ray.token_loss import TokenLoss
 from relora_ray.trial import shortest_names, try_architecture
 from tests.tiny import run, tiny_config
@@ -38,6 +39,20 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "intermediate_size": 48},
     "bert": {"intermediate_size": 48},
     "llama": {"intermediate_size": 48},
+}  # fmt: skip
+DEEPSEEK = {
+    "moe_intermediate_size": 16, "intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+CASES |= {
+    "deepseek_v3": DEEPSEEK | {"num_hidden_layers": 6, "first_k_dense_replace": 4, "num_key_value_heads": 4},
+    "big_bird": {
+        "intermediate_size": 48, "is_decoder": True, "block_size": 8, "num_random_blocks": 1,
+        "max_position_embeddings": 256,
+    },
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "roberta": {"intermediate_size": 48, "is_decoder": True, "num_hidden_layers": 1},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
 }  # fmt: skip
 WIDTHS = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
@@ -182,7 +197,7 @@ def test_loss_that_adds_something_unknown_is_refused(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = own(self, *args, **kwargs)
         if output.loss is not None:
-            output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()  # a z-loss
+            output.loss = output.loss + 1e-5 * output.logits.logsumexp(-1).square().mean()  # a z-loss
         return output
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
@@ -207,6 +222,82 @@ def test_capped_logits_are_no_plain_head_though_the_head_is_zero(data: Path, tmp
 def test_dropout_of_the_architecture_is_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     try_architecture(config_of("mixtral", data, tmp_path, attention_dropout=0.1))
     assert "the architecture has dropout (attention_dropout 0.1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.target_modules=[q_b_proj,gate_up_proj]"], ["method.leave_out=[gate_up_proj]"],
+        ["model.frozen=[experts]"], ["model.frozen=[layers.5]"], ["method.leave_out=[layers.5.self_attn.o_proj]"],
+    ],
+)  # fmt: skip
+def test_settings_may_name_what_only_the_whole_depth_has(overrides: list[str], data: Path, tmp_path: Path) -> None:
+    """The first four layers have no experts."""
+    try_architecture(config_of("deepseek_v3", data, tmp_path, *overrides))
+
+
+def test_part_that_sees_nothing_in_short_rows_is_not_called_dead(data: Path, tmp_path: Path) -> None:
+    """DeepSeek-V4 compresses 128 tokens at a time."""
+    small_config(transformers.DeepseekV4Config()).save_pretrained(tmp_path / "v4")
+    model: dict[str, Any] = {"huggingface": str(tmp_path / "v4")}
+    with pytest.raises(ConfigError, match=r"Set model.frozen=\[indexer\]"):  # it chooses, without a gradient
+        try_architecture(tiny_config(data, tmp_path, "data.seq_len=512", "method.lora_rank=2", model=model))
+    model |= {"frozen": ["indexer"]}
+    try_architecture(tiny_config(data, tmp_path, "data.seq_len=512", "method.lora_rank=2", model=model))
+    with pytest.raises(ConfigError, match=r"compressor.* would never be trained"):
+        try_architecture(tiny_config(data, tmp_path, "data.seq_len=64", "method.lora_rank=2", model=model))
+
+
+def test_attention_that_looks_ahead_in_long_rows_only_is_refused(data: Path, tmp_path: Path) -> None:
+    cfg = config_of("big_bird", data, tmp_path, "data.seq_len=192", "model.frozen=[pooler]")
+    with pytest.raises(ConfigError, match="BigBirdForCausalLM is not causal"):
+        preflight(cfg)
+
+
+def test_layers_that_are_left_out_by_chance_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"leaves out layers by chance \(layerdrop=0.2\)"):
+        preflight(config_of("opt", data, tmp_path, layerdrop=0.2))
+
+
+def test_positions_begin_behind_padding(data: Path, tmp_path: Path) -> None:
+    settings = {"pad_token_id": 1, "max_position_embeddings": 26}
+    preflight(config_of("roberta", data, tmp_path, **settings))
+    with pytest.raises(ConfigError, match=r"seq_len=26 is more than the 24 positions .* behind pad_token_id=1"):
+        preflight(config_of("roberta", data, tmp_path, "data.seq_len=26", **settings))
+
+
+@pytest.mark.parametrize(("experts", "warned"), [(1, True), (2, False)])
+def test_router_that_cannot_be_trained_is_said(
+    experts: int, warned: bool, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One expert for each token, with a weight of 1 whatever the router says."""
+    try_architecture(config_of("qwen3_moe", data, tmp_path, num_experts_per_tok=experts))
+    assert ("[gate] of Qwen3MoeForCausalLM has a gradient of zero" in caplog.text) == warned
+
+
+def test_bias_that_balances_experts_is_said_to_stay(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    try_architecture(config_of("deepseek_v3", data, tmp_path, first_k_dense_replace=1))
+    assert "balances its experts by a bias (e_score_correction_bias)" in caplog.text
+
+
+def test_row_of_padding_that_is_a_token_of_the_data_is_trained(data: Path, tmp_path: Path) -> None:
+    """As in Phi-3, whose documents end with its padding."""
+    cfg = config_of("llama", data, tmp_path, pad_token_id=1)
+    before = build_model(cfg.model, seq_len=24, seed=cfg.seed).get_input_embeddings().weight.detach()
+    assert float(before[1].std()) == pytest.approx(float(before.std()), rel=0.5)
+    after = run(cfg)[0].model.get_input_embeddings().weight
+    assert 1 in {int(i) for rows in open_batches(cfg, World()).train.step(0) for i in rows.inputs.flatten()}
+    assert (after[1] - before[1]).abs().max() > 1e-3
+
+
+def test_biases_of_experts_do_not_decay(tmp_path: Path) -> None:
+    config = small_config(transformers.GptOssConfig())
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    decaying, _ = build_adamw(model, tiny_config(tmp_path, tmp_path).optimizer).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    assert not [names[p] for p in decaying["params"] if names[p].endswith("bias")]
 
 
 def test_what_is_no_matrix_of_a_product_does_not_decay(data: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from relora_ray.errors import CheckpointError, ConfigError
 from relora_ray.model import build_model
 from relora_ray.runs import check_run, load_trained, new_model, run_storage
 from relora_ray.runtime.driver import preflight
+from relora_ray.small import small_config
 from relora_ray.weights import check_weights, load_weights
 from tests.conftest import ROOT
 from tests.test_architecture import SIZES, edit
@@ -437,3 +438,38 @@ def test_run_whose_head_is_apart_is_no_source_for_a_tied_model(data: Path, tmp_p
             tiny_config(data, tmp_path, "name=c", "model.tie_embeddings=true", f"model.init_from={tmp_path}/tiny")
         )
     preflight(tiny_config(data, tmp_path, "name=d", f"model.init_from={tmp_path}/tied"))
+
+
+def test_file_that_the_config_names_is_the_one_that_is_read(folder: Path) -> None:
+    """As transformers reads it; another model lies where weights lie otherwise."""
+    other = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "good.safetensors")
+    save_file({name: tensor + 1 for name, tensor in other.items()}, folder / "model.safetensors", {"format": "pt"})
+    edit(folder, transformers_weights="good.safetensors")
+    check(LLAMA, str(folder))
+    assert torch.equal(load(LLAMA, str(folder)).lm_head.weight, other["lm_head.weight"])
+    edit(folder, transformers_weights="gone.safetensors")
+    with pytest.raises(ConfigError, match=r"names 'gone.safetensors' as its weights \(transformers_weights\)"):
+        check(LLAMA, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "there", "here"),
+    [("xlstm", "output_logit_soft_cap", 30.0, 2.0), ("xglm", "pad_token_id", 1, 9), ("roberta", "pad_token_id", 1, 9)],
+)
+def test_setting_that_changes_the_function_is_one(
+    kind: str, setting: str, there: Any, here: Any, tmp_path: Path
+) -> None:
+    """Though others with such names do not: of LLaMA pad_token_id is a name."""
+    own = {"is_decoder": True} if kind == "roberta" else {}
+    configs = [small_config(transformers.CONFIG_MAPPING[kind](**{setting: value}, **own)) for value in (there, here)]
+    transformers.AutoModelForCausalLM.from_config(configs[0]).save_pretrained(tmp_path / "source")
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(configs[1])
+    with pytest.raises(ConfigError, match=f"{setting}: {there} there, {here} here"):
+        check_weights(shell, str(tmp_path / "source"))
+
+
+def test_padding_of_llama_is_a_name(folder: Path, tmp_path: Path) -> None:
+    edit(folder, pad_token_id=9)
+    check(LLAMA, str(folder))
