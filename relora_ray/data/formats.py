@@ -15,7 +15,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
@@ -308,9 +308,22 @@ def _parquet(stream: io.BufferedReader, name: str, text_field: str) -> Iterator[
         raise DataError(f"{name}: column {text_field!r} is {kind}, not text. Set --text-field, or convert it.")
     row = 0
     for batch in parquet.iter_batches(batch_size=256, columns=[text_field]):
-        for record in batch.to_pylist():
+        try:
+            records: Iterable[Any] = batch.to_pylist()
+        except UnicodeDecodeError:  # of one of them, and it does not say of which
+            records = (_row(batch.slice(n, 1)) for n in range(len(batch)))
+        for record in records:
             row += 1
-            yield text_of(record, text_field, f"{name}, row {row}")
+            where = f"{name}, row {row}"
+            yield Problem(where, record) if isinstance(record, str) else text_of(record, text_field, where)
+
+
+def _row(one: Any) -> Any:
+    """The only row of a batch, or what is wrong with it."""
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8: it has the byte 0x{error.object[error.start]:02x}."
 
 
 # What a record says.

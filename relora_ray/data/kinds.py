@@ -254,7 +254,7 @@ def encoding_of(head: bytes, name: str) -> str:
     ):  # fmt: skip
         if head.startswith(mark):
             return encoding
-    if b"\0" in head:
+    if head.count(0) * 16 > len(head):  # of a few it is said where they are
         raise DataError(
             f"{name} is not text in UTF-8: byte {head.index(0):,} is zero. If it is UTF-16 or UTF-32 without a "
             f"byte-order mark, convert it: iconv -f UTF-16LE -t UTF-8."

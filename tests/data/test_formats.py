@@ -237,6 +237,23 @@ def test_parquet_columns_of_every_kind_of_text(tmp_path: Path) -> None:
             read(path, text_field=name)
 
 
+def test_one_record_that_is_no_text_is_no_reason_against_the_file(tmp_path: Path) -> None:
+    """Bytes in a column of strings, which pyarrow does not look at; and a zero byte in a file's first block."""
+    texts = [d.encode() for d in DOCUMENTS]
+    texts[2] = b"caf\xe9"
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(texts), pyarrow.array(texts, pyarrow.binary()).buffers())
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"a.parquet, row 3 is not UTF-8: it has the byte 0xe9"):
+        read(path)
+    assert read(path, Reading(skip_bad=1)) == DOCUMENTS[:2] + DOCUMENTS[3:]
+    lines = LINES.splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(lines[0].replace(b"birds", b"bi\0ds") + b"".join(lines[1:]))
+    with pytest.raises(DataError, match=r"a.jsonl:1 has a zero byte"):
+        read(tmp_path / "a.jsonl")
+    assert read(tmp_path / "a.jsonl", Reading(skip_bad=1)) == DOCUMENTS[1:]
+
+
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path)
