@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ SLOW = (
 ROOT = Path(__file__).parent.parent
 AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"
 TOKENIZER = ROOT / "configs/quickstart/tokenizer"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays. Each run collects garbage once, and would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

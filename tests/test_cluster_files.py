@@ -537,7 +537,7 @@ def test_dockerfiles_commands_install_what_a_job_needs(tmp_path: Path) -> None:
         elif name == "RUN" and value.startswith("pip "):
             script.append(value)
     assert sum("pip install" in line for line in script) == 2
-    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PIP_NO_COMPILE": "1"}  # in half the time
     done = subprocess.run(["bash", "-c", "\n".join(script)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     env.pop("PYTHONPATH", None)

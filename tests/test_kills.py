@@ -1,8 +1,8 @@
 """SIGKILL at every phase of a save: of a training process, of one of two, and of the S3 server.
 
-100 seeded points in the first two tests. After every kill: no acknowledged checkpoint is lost, and all are whole. At
-the end: every loss of every life is the uninterrupted run's, bit for bit. Lives are forked from a server that has
-imported everything, so that one takes about a second.
+30 seeded points in the first two tests, or KILLS. After every kill: no acknowledged checkpoint is lost, and all are
+whole. At the end: every loss of every life is the uninterrupted run's, bit for bit. Lives are forked from a server that
+has imported everything, so that one takes about a second.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PHASES = {
 }  # fmt: skip
 """With the number of times to choose from."""
 STEPS = 39
-KILLS = int(os.environ.get("KILLS", "50"))
+KILLS = int(os.environ.get("KILLS", "30"))
 """Of these, every fifth is of one of two processes."""
 
 _context = multiprocessing.get_context("forkserver")

@@ -118,7 +118,7 @@ def test_a_killed_prepare_leaves_no_process_and_its_folder_is_free(
     assert len(children) >= 2
     os.kill(owner.pid, sign)
     owner.process.join(30)
-    wait_for(lambda: not any(lives(child) for child in children), 10)
+    wait_for(lambda: not any(lives(child) for child in children))
     (tmp_path / "omega.jsonl").write_text(lines("omega", 40))
     prepare(request(tmp_path / "out", tmp_path / "omega.jsonl"), quiet=True)
     assert words(tmp_path / "out") == {"omega"}

@@ -86,12 +86,12 @@ def test_run_grows_with_the_cluster_and_leaves_a_drained_machine(head: Head, dat
         return [attempt["world_size"] for attempt in read_all(there, "attempt")]
 
     try:
-        wait_for(lambda: sizes()[-1:] == [2], 150)
+        wait_for(lambda: sizes()[-1:] == [2], 300)
         machines = [node for node in nodes_of(head.address) if node != FAKE_HEAD_NODE_ID]
         drain(head.address, machines[0], time.time() + 60, "a notice")
         grown = len(sizes())
-        wait_for(lambda: len(sizes()) > grown, 100)
-        said, _ = launched.communicate(timeout=200)
+        wait_for(lambda: len(sizes()) > grown, 200)
+        said, _ = launched.communicate(timeout=400)
     finally:
         launched.kill()
     assert launched.returncode == 0, said[-3000:]
