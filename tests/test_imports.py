@@ -17,7 +17,7 @@ PACKAGE = ROOT / "relora_ray"
 RANKS = {
     "errors": 0, "verdict": 1, "hub": 0, "clock": 0, "masking": 0, "location": 0, "keyed": 0, "sizes": 0, "plan": 0,
     "replicas": 0, "config": 1, "storage": 1, "places": 2, "cli": 2, "data.order": 1,
-    "schedule": 2, "config_file": 2, "plots": 2, "architecture": 2, "optim": 2, "reference": 2, "parallel": 2,
+    "schedule": 2, "config_file": 2, "plots": 2, "architecture": 2.1, "optim": 2, "reference": 2, "parallel": 2,
     "token_loss": 2, "small": 2,
     "model": 2.3, "weights": 2.3, "hf_export": 2.6,
     "methods": 3, "data.tokens": 3, "data.loader": 3, "checkpoint": 3,

@@ -1,18 +1,34 @@
-"""Real processes with gloo: `run_ranks(2, function, *args)` returns what `function` returned on every rank."""
+"""Real processes with gloo: `run_ranks(2, function, *args)` returns what `function` returned on every rank.
+
+They are forked from a server that has imported torch and transformers, which takes each of them some seconds.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed", "transformers.models.llama.modeling_llama", "relora_ray.loop"])
+
 
 def _main(
-    function: Callable[..., Any], rank: int, world_size: int, folder: str, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    results: Any,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
     import datetime
+
+    os.environ.clear()  # the server's may be of earlier
+    os.environ.update(environment)
 
     import torch
     import torch.distributed as dist
@@ -35,11 +51,10 @@ def _main(
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    results = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_main, args=(function, rank, world_size, folder, results, args))
+            _context.Process(target=_main, args=(function, rank, world_size, folder, results, args, dict(os.environ)))
             for rank in range(world_size)
         ]
         for process in processes:
