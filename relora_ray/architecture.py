@@ -33,7 +33,8 @@ _OF_NO_ACCOUNT = (
 
 _NOT_THE_FUNCTION = re.compile(
     r"(^|\.)(vocab_size|tie_word_embeddings|initializer\w*|init_\w+|\w*_token_ids?|\w*dropout\w*|\w*_pdrop|"
-    r"\w*_loss_coef|output_(hidden_states|attentions|scores|router_logits|past)|return_dict|id2label.*|label2id.*|num_labels|problem_type|"
+    r"\w*_loss_coef|output_(hidden_states|attentions|scores|router_logits|past)|return_dict|id2label.*|label2id.*|"
+    r"num_labels|problem_type|"
     r"chunk_size_feed_forward|pretraining_tp|gradient_checkpointing|auto_map.*|max_window_layers|summary_\w+)$"
 )
 """Keys in which a model may differ from the one whose weights it takes: what they change shows in names and shapes of

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from relora_ray.config import TrainConfig
+from relora_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,11 @@ class TokenLoss(nn.Module):
         total = (per_token.view(targets.shape).sum(1) * weights).sum()
         if not (self._extra_weight and self.model.training):
             return total
+        if getattr(output, "aux_loss", None) is None:
+            raise ConfigError(
+                f"{type(self.model).__name__} returns no loss of its router, though output_router_logits in its "
+                f"config.json asks for one. Set that to false there: the loss of the tokens trains the router then."
+            )
         return total + self._extra_weight * output.aux_loss * (weights.sum() * targets.shape[1])
 
     def _head(self) -> nn.Linear:

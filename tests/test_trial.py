@@ -189,6 +189,17 @@ def test_loss_of_the_router_counts_as_the_architecture_has_it(coefficient: float
     assert float(mean_loss(model)) == pytest.approx(float(plain), rel=1e-5), "evaluation is of the text"
 
 
+def test_loss_of_the_router_that_is_asked_for_and_not_there_is_refused(data: Path, tmp_path: Path) -> None:
+    config = small_config(transformers.CONFIG_MAPPING["llama4_text"]())
+    config.output_router_logits = True
+    config.save_pretrained(tmp_path / "llama4")
+    cfg = tiny_config(data, tmp_path, "method.lora_rank=2", model={"huggingface": str(tmp_path / "llama4")})
+    with pytest.raises(
+        ConfigError, match="Llama4ForCausalLM returns no loss of its router, though output_router_logits"
+    ):
+        try_architecture(cfg)
+
+
 def test_loss_that_adds_something_unknown_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
