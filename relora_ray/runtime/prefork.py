@@ -155,9 +155,14 @@ def _connect(key: str, preload: Sequence[str]) -> socket.socket:
 
 
 def _addresses(key: str, preload: Sequence[str]) -> list[str]:
-    given = [key, os.geteuid(), sys.executable, *sys.path, *preload]
+    given = [key, os.geteuid(), sys.executable, *_import_path(), *preload]
     name = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
     return [f"\0relora-ray-{name}-{number}" for number in range(NUM_ADDRESSES)]
+
+
+def _import_path() -> list[str]:
+    """Where this process imports from, whatever folder another one is in."""
+    return [os.path.join(_folder(), path) for path in sys.path]
 
 
 def _reach(address: str, preload: Sequence[str]) -> socket.socket | None:
@@ -198,7 +203,7 @@ def _start(address: str, preload: Sequence[str]) -> bool:
             if error.errno != errno.EADDRINUSE:
                 raise
             return False
-        code = f"import sys; sys.path[:] = {sys.path!r}; from relora_ray.runtime.prefork import main; main()"
+        code = f"import sys; sys.path[:] = {_import_path()!r}; from relora_ray.runtime.prefork import main; main()"
         command = [sys.executable, "-c", code, str(listener.fileno()), ",".join(preload)]
         # A shell in between ends at once: its child is nobody's.
         command = ["/bin/sh", "-c", '"$@" &', "sh", *command]
