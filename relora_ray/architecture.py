@@ -159,10 +159,10 @@ def function_differences(there: Any, here: Any) -> list[str]:
     there, here = (list(language_model_parts(config))[-1] for config in (there, here))
     if there.model_type != here.model_type:
         return [f"model_type: {there.model_type!r} there, {here.model_type!r} here"]
-    pads = [
-        f"pad_token_id: {there.pad_token_id!r} there, {here.pad_token_id!r} here"
-        for _ in range(there.pad_token_id != here.pad_token_id and pad_moves_others(here))
-    ]
+    pad_there, pad_here = (getattr(config, "pad_token_id", None) for config in (there, here))
+    pads = []
+    if pad_there != pad_here and pad_moves_others(here):
+        pads = [f"pad_token_id: {pad_there!r} there, {pad_here!r} here"]
     positions = set() if _depends_on_positions(here) or _depends_on_positions(there) else set(_POSITIONS)
     known = _settings(here)
     return pads + [

@@ -55,7 +55,11 @@ class Machines:
 
     def add(self) -> Any:
         named = {"env_vars": {"MACHINE": uuid.uuid4().hex}} if self._apart else {}
-        node = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20, include_log_monitor=False, **named)
+        settings = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, **named}
+        try:
+            node = self._cluster.add_node(**settings)
+        except Exception:  # Ray gives it 30 s, which are few on a machine that is busy
+            node = self._cluster.add_node(**settings)
         self.nodes.append(node)
         return node
 

@@ -72,13 +72,18 @@ class Owner:
         self.process.join(60)
 
 
+def prepare_in_front(wanted: Request) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    prepare(wanted, quiet=True)
+
+
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[Owner]:
     """A prepare on `out` that has stored a part, and waits for the rest of its input, a named pipe."""
     os.mkfifo(tmp_path / "pipe.jsonl")
     wanted = request(tmp_path / "out", tmp_path / "pipe.jsonl", num_workers=2, batch_mb=0.005)
     fork = multiprocessing.get_context("fork")  # a new interpreter would take many seconds for its imports
-    process = fork.Process(target=prepare, args=(wanted,), kwargs={"quiet": True})
+    process = fork.Process(target=prepare_in_front, args=(wanted,))
     process.start()
     with open(tmp_path / "pipe.jsonl", "wb", buffering=0) as pipe:
         pipe.write(lines("alpha", 4_000).encode())
