@@ -159,18 +159,14 @@ def function_differences(there: Any, here: Any) -> list[str]:
     there, here = (list(language_model_parts(config))[-1] for config in (there, here))
     if there.model_type != here.model_type:
         return [f"model_type: {there.model_type!r} there, {here.model_type!r} here"]
-    pad_there, pad_here = (getattr(config, "pad_token_id", None) for config in (there, here))
-    pads = []
-    if pad_there != pad_here and pad_moves_others(here):
-        pads = [f"pad_token_id: {pad_there!r} there, {pad_here!r} here"]
     positions = set() if _depends_on_positions(here) or _depends_on_positions(there) else set(_POSITIONS)
     known = _settings(here)
-    return pads + [
+    return [
         line
         for line in Architecture(_content(there)).differences(Architecture(_content(here)))
         if (key := line.partition(":")[0]).partition(".")[0] in known
         and key.rpartition(".")[2] not in positions
-        and not _NOT_THE_FUNCTION.search(key)
+        and (not _NOT_THE_FUNCTION.search(key) or (key == "pad_token_id" and pad_moves_others(here)))
     ]
 
 

@@ -56,6 +56,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     more = ("cluster.silence_timeout_s=60", "checkpoint.save_every_steps=300")
     cfg = fault_config(data, str(tmp_path_factory.mktemp("whole")), "whole", *more)
     run_ranks(2, train_alone, cfg)
+    assert len(read_all(run_storage(cfg), "attempt")) == 1
     assert sorted(stored_losses(cfg)) == list(range(1, STEPS + 1))
     return stored_losses(cfg), stored_losses(cfg, "eval")
 
