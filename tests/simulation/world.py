@@ -79,8 +79,11 @@ class World:
             clock.monotonic, clock.now, clock.sleep, storage.in_parallel, storage.masked = before
 
     def sleep(self, seconds: float) -> None:
-        process = Process.current()
-        self.at(self.time + seconds, process.resume)
+        process, when = Process.current(), self.time + seconds
+        if not process.doomed and not self.failures and (not self._queue or when < self._queue[0][0]):
+            self.time = when  # nothing happens before: the others need not be asked
+            return
+        self.at(when, process.resume)
         self.pause()
 
     def message(self) -> None:
@@ -183,7 +186,7 @@ class Process(greenlet):
         self.stop_rate, self.calm = stop_rate, calm
         self.misled = ""
         self.children: list[Process] = []
-        self._doomed = self.is_cut_off = False
+        self.doomed = self.is_cut_off = False
 
     @classmethod
     def current(cls) -> Process:
@@ -208,14 +211,14 @@ class Process(greenlet):
         if self.dead:
             return
         self.parent = greenlet.getcurrent()
-        if self._doomed:
+        if self.doomed:
             self.throw(GreenletExit)
         else:
             self.switch()
 
     def kill(self) -> None:
         """It makes no request any more; those that are under way arrive."""
-        self._doomed = True
+        self.doomed = True
         for child in self.children:
             child.kill()
 
@@ -227,13 +230,13 @@ class Process(greenlet):
 
     @property
     def over(self) -> bool:
-        return self.dead or self._doomed
+        return self.dead or self.doomed
 
     def beside(self, name: str, work: Callable[[], object]) -> Process:
         """Start another thread or process that dies with this one."""
         made = Process(self.world, f"{self.name}/{name}", work, stop_rate=self.stop_rate, calm=self.calm)
         made.is_cut_off = self.is_cut_off
-        if self._doomed:
+        if self.doomed:
             return made
         self.children.append(made)
         self.world.start(made)
