@@ -418,7 +418,7 @@ def _accumulate_gradients(
     """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches):
-        torch.manual_seed(key(cfg.seed, "dropout", step, world.rank, number))
+        world.seed(key(cfg.seed, "dropout", step, world.rank, number))
         with world.sync_gradients(wrapped, now=number == len(batches) - 1):
             loss_sum = _loss_sum(wrapped, batch)
             (loss_sum * (world.size / cfg.tokens_per_step)).backward()

@@ -51,6 +51,13 @@ class World:
         """Such as "NVIDIA H100 80GB HBM3"; "cpu" without a GPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
+    def seed(self, seed: int) -> None:
+        """Seed the generators that this process draws from: as `torch.manual_seed`, which takes 2 ms a call where it
+        makes a note for a CUDA that is never initialized."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
+
     def peak_memory_bytes(self) -> int:
         """The most that this process has held: of the GPU's memory if it has one, or else of the machine's."""
         if self.device.type == "cuda":

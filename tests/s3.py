@@ -97,8 +97,8 @@ class FaultyProxy:
     log: list[tuple[str, str]] = field(default_factory=list)
     on_request: Callable[[str, str], None] = lambda method, path: None
     """Called before a request is forwarded."""
-    on_lost: Callable[[], None] = lambda: None
-    """Called after a request whose answer is kept back."""
+    on_lost: Callable[[str], None] = lambda path: None
+    """Called after a request whose answer is kept back, with its path."""
 
     def __post_init__(self) -> None:
         self._server = _Threads(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         upstream.close()
         if fault == "lost":
-            self.proxy.on_lost()
+            self.proxy.on_lost(self.path)
             self._break_off()
         else:
             self._answer(answer.status, answer.getheaders(), content, fault)

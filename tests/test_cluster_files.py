@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cluster.daemons import free_port, start_server
 
@@ -524,9 +529,48 @@ def test_dockerfile_is_linted() -> None:
     assert [value for name, value in instructions() if name == "USER"] == ["1000"]
 
 
+def lend(environment: Path, *needed: str) -> None:
+    """Link what is installed here of what these need into a virtual environment, so that it is not unpacked again: pip
+    takes what is there and is what it would install, and fetches the rest."""
+    (site,) = environment.glob("lib/python3*/site-packages")
+    lent: set[tuple[str, str]] = set()
+    todo = [(requirement, "") for requirement in map(Requirement, needed)]
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        for wanted in {"", *requirement.extras} - {extra for known, extra in lent if known == name}:
+            lent.add((name, wanted))
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                todo += [(Requirement(text), wanted) for text in metadata.requires(name) or ()]
+    for name in {name for name, _ in lent} - {"relora-ray"}:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.distribution(name)
+            for file in found.files or ():
+                source, target = Path(str(found.locate_file(file))), site / file
+                if file.parts[0] == "..":  # a command, which begins with the path of this environment's Python
+                    target = environment / "bin" / file.name
+                    target.write_bytes(source.read_bytes().replace(sys.prefix.encode(), str(environment).encode()))
+                    target.chmod(0o755)
+                elif source.exists() and not target.exists():  # some packages have files of one name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    link(source, target)
+
+
+def link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
 def test_dockerfiles_commands_install_what_a_job_needs(tmp_path: Path) -> None:
-    """Its COPY and pip instructions as a script, in a clean virtual environment; apt and the user are the image's."""
+    """Its COPY and pip instructions as a script, in a virtual environment that has nothing but what such an image has
+    of the packages here; apt and the user are the image's."""
     venv.create(tmp_path / "venv", with_pip=True)
+    (extras,) = re.findall(r"\.(\[[a-z,]+\])", (CLUSTER / "Dockerfile").read_text())
+    lend(tmp_path / "venv", "torch", f"relora-ray{extras}")
     build, bin_folder = tmp_path / "build", tmp_path / "venv/bin"
     build.mkdir()
     script = ["set -eu", f"cd {build}"]

@@ -8,6 +8,7 @@ checkpoint back, in place. Start, crash and restart are one path: the state afte
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import platform
 import time
@@ -492,6 +493,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     return {
         "relora_ray": __version__,

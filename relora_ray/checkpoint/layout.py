@@ -80,7 +80,7 @@ def plan_part(tensors: Tensors, num_ranks: int) -> PartPlan:
     for chunk in chunks:
         place = {"offsets": chunk.offsets, "sizes": chunk.sizes, "file": file_of[chunk.key], "key": chunk.key}
         index[chunk.name]["chunks"].append(place)
-    return PartPlan(files, json.dumps({"tensors": index}, indent=1).encode())
+    return PartPlan(files, json.dumps({"tensors": index}).encode())
 
 
 def _cut(name: str, tensor: torch.Tensor) -> list[Chunk]:
