@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +13,7 @@ from torch import nn
 from benchmarks.throughput import PublishedLinear, _layer, linear_flops, trainee
 from relora_ray.config import LoraConfig
 from relora_ray.methods.lowrank import LowRankLinear
-
-ROOT = Path(__file__).parent.parent
+from tests.commands import command
 
 
 @pytest.mark.parametrize(
@@ -71,28 +67,28 @@ def _dropout(layer: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "command",
+    "arguments",
     [
         "layer --shapes 32x48 --tokens 16 --rank 4 --rounds 2 --variants relora published-dropout",
         "model --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --product-side 64 "
         "--variants relora",
     ],
 )
-def test_page_has_a_row_for_every_variant(command: str) -> None:
-    run = [sys.executable, "-m", "benchmarks.throughput", *command.split()]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+def test_page_has_a_row_for_every_variant(arguments: str) -> None:
+    done = command("benchmarks.throughput", *arguments.split())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "in which all take turns. `python -m benchmarks.throughput " + command.split()[0] in done.stdout
+    assert "in which all take turns. `python -m benchmarks.throughput " + arguments.split()[0] in done.stdout
     names = re.findall(r"^\| (?:32x48 \| )?(full|relora|published-dropout) \|", done.stdout, re.MULTILINE)
-    assert names == ["full", *command.partition("--variants ")[2].split()]
+    assert names == ["full", *arguments.partition("--variants ")[2].split()]
     assert re.search(r"\| full \|.*\| 1\.00 \| 1\.00 \| 1\.00 \|", done.stdout)
 
 
 def test_traffic_is_counted_in_what_is_trained() -> None:
     """9m's embedding and head of 32,100 x 128 each, norms, and one layer's weights or its adapters of rank 4."""
-    command = "traffic --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --device cpu"
-    run = [sys.executable, "-m", "benchmarks.throughput", *command.split()]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    arguments = (
+        "traffic --size 9m --layers 1 --rows 2 --micro-batch-rows 1 --seq-len 16 --rank 4 --rounds 2 --device cpu"
+    )
+    done = command("benchmarks.throughput", *arguments.split())
     assert done.returncode == 0, done.stderr[-2000:]
     rows = dict(re.findall(r"^\| (full|relora) \| ([\d.]+) MB \|", done.stdout, re.MULTILINE))
     shapes = [(128, 128)] * 4 + [(352, 128)] * 3

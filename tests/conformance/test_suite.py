@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from relora_ray.conformance import CHECKS, Implementation, run_suite
 from relora_ray.conformance.ours import Ours
 from relora_ray.conformance.suite import markdown
+from tests.commands import command
 from tests.conformance import mutants
 from tests.conftest import ROOT
 
@@ -108,12 +107,11 @@ def test_what_is_left_out_is_reported_as_not_offered(data: Path, tmp_path: Path)
 
 
 def test_command_prints_the_table_and_fails_with_the_suite() -> None:
-    command = [sys.executable, "-m", "relora_ray.conformance", "--only", "merge-function", "first-gradient"]
-    good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    only = ("relora_ray.conformance", "--only", "merge-function", "first-gradient")
+    good = command(*only)
     assert good.returncode == 0, good.stderr[-2000:]
     assert "| a merge at scale 2.5 changes the logits by | 0.0e+00 | 1e-5 | yes |" in good.stdout
-    other = [*command, "--implementation", "tests.conformance.mutants:MergesWithoutScale"]
-    bad = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
+    bad = command(*only, "--implementation", "tests.conformance.mutants:MergesWithoutScale")
     assert bad.returncode == 1
     assert "FAIL  merge-function" in bad.stdout
     assert "pass  first-gradient" in bad.stdout
