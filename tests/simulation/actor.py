@@ -33,6 +33,9 @@ class EventLoop(asyncio.BaseEventLoop):
         self._turn = 0
         self._sleeper: Process | None = None
 
+    def __del__(self, _warn: object = None) -> None:
+        """There is nothing to close, and coroutines that are collected after it still call it."""
+
     def time(self) -> float:
         return self._world.time
 

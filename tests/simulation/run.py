@@ -671,6 +671,8 @@ def _simulate(seed: int, spared: Collection[int]) -> World:
     except BaseException as error:
         error.world = world  # type: ignore[attr-defined]
         raise
+    finally:
+        world.end()
     return world
 
 

@@ -51,6 +51,8 @@ class World:
         self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
         self._hub: greenlet | None = None
+        self.processes: list[Process] = []
+        """All that ever were."""
 
     # Processes.
 
@@ -77,6 +79,14 @@ class World:
                 raise Stuck(f"after {self.num_requests} requests there is no end")
         finally:
             clock.monotonic, clock.now, clock.sleep, storage.in_parallel, storage.masked = before
+
+    def end(self) -> None:
+        """End what waits for ever. Garbage collection does not see what a greenlet's stack holds, and would keep it."""
+        self._hub = greenlet.getcurrent()
+        for process in self.processes:
+            process.doomed = True
+            while process and not process.dead:  # it has begun; where it ends it may wait once more
+                process.resume()
 
     def sleep(self, seconds: float) -> None:
         process, when = Process.current(), self.time + seconds
@@ -183,6 +193,7 @@ class Process(greenlet):
     ) -> None:
         super().__init__(self._run)
         self.world, self.name, self._work = world, name, work
+        world.processes.append(self)
         self.stop_rate, self.calm = stop_rate, calm
         self.misled = ""
         self.children: list[Process] = []
