@@ -98,9 +98,10 @@ def test_driver_stopped_in_three_ways_and_the_same_command_again(
     options = json.dumps(moto.options)
     storage = f"s3://{BUCKET}/driver-{os.urandom(4).hex()}"
     length = ("steps=603", "method.merge_every_steps=100", "train.log_every_steps=1")
-    start: list[str | Path] = [sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
-               f"storage_options={options}", *length, "checkpoint.save_async=true",
-               "checkpoint.save_every_steps=15"]  # fmt: skip
+    start: list[str | Path] = [
+        sys.executable, "-m", "relora_ray.launch", yaml_file, f"data.path={data}", f"storage={storage}",
+        f"storage_options={options}", *length, "checkpoint.save_async=true", "checkpoint.save_every_steps=15",
+    ]  # fmt: skip
     there = Storage(f"{storage}/tiny", moto.options)
 
     def newest() -> int:
