@@ -31,9 +31,11 @@ from relora_ray.conformance.__main__ import make_data
 from relora_ray.metrics import read_pages
 from relora_ray.runs import run_storage
 from tests.faults import Fault, Play, plan
-from tests.runtime.test_faults import STEPS, bucket_config
+from tests.runtime.test_faults import bucket_config
 from tests.s3 import Server
 from tests.tiny import stored_losses
+
+STEPS = 393
 
 
 def name(fault: Fault) -> str:
@@ -50,7 +52,7 @@ def main() -> None:
     data = Path(make_data(root / "austen.txt.bz2", root / "tokenizer", Path(tempfile.mkdtemp())))
     server = Server("rclone", Path(tempfile.mkdtemp()))
     server.start()
-    whole = bucket_config(data, server, "whole")
+    whole = bucket_config(data, server, "whole", f"steps={STEPS}")
     Play([]).run(whole)
     expected = stored_losses(whole)
     print(f"# Faults\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n")
@@ -61,7 +63,7 @@ def main() -> None:
     took_place: Counter[str] = Counter()
     down_s: list[float] = []
     for seed in range(1, args.runs + 1):
-        cfg = bucket_config(data, server, f"faults-{seed}")
+        cfg = bucket_config(data, server, f"faults-{seed}", f"steps={STEPS}")
         faults = plan(seed=seed, count=args.each, steps=STEPS)
         play = Play(faults, server)
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it thinks of the faults

@@ -41,10 +41,10 @@ def fault_config(data: Path, storage: str, name: str, *more: str) -> RunConfig:
     return preflight(tiny_config(data, Path("x"), *overrides).model_copy(update={"storage": storage}))
 
 
-def bucket_config(data: Path, server: Server, name: str) -> RunConfig:
+def bucket_config(data: Path, server: Server, name: str, *more: str) -> RunConfig:
     """The same in a folder of its own on S3."""
     folder = f"s3://{BUCKET}/faults-{os.urandom(3).hex()}"
-    return fault_config(data, folder, name, f"storage_options={json.dumps(server.options)}")
+    return fault_config(data, folder, name, f"storage_options={json.dumps(server.options)}", *more)
 
 
 def train_alone(cfg: RunConfig) -> None:
