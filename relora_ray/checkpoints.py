@@ -420,8 +420,9 @@ def _role(name: str) -> str:
     owner = "adapters" if ".lora_" in name else "embeddings and head" if _is_embedding(name) else "other weights"
     if not name.startswith("optimizer."):
         return owner
+    key = name.rpartition(".")[2]
     kinds = {"exp_avg": "first moments", "exp_avg_sq": "second moments", "step": "step counts"}
-    return f"{kinds[name.rpartition('.')[2]]} of {owner}"
+    return f"{kinds.get(key, key)} of {owner}"
 
 
 def _is_embedding(name: str) -> bool:

@@ -31,7 +31,7 @@ from relora_ray.keyed import key
 from relora_ray.methods import BoundaryReport, Method, build_method
 from relora_ray.metrics import MetricsLog, Record, StepTimer, perplexity
 from relora_ray.model import num_parameters
-from relora_ray.optim import trainable
+from relora_ray.optim import state_bytes, trainable
 from relora_ray.parallel import World, digest
 from relora_ray.rollback import roll_back, skipped, where_to_go_on
 from relora_ray.runs import (
@@ -218,7 +218,7 @@ def train(
         done = step + 1
         learning_rate = cfg.optimizer.learning_rate * lr_multiplier(step, cfg)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
         wanted = False
         if step in skip:
@@ -518,6 +518,7 @@ def _cross_boundary(
         "merges": counters.merges,
         "num_parameters": num_parameters(state.model),
         "num_trainable": num_parameters(state.model, trainable_only=True),
+        "state_bytes": state_bytes(state.model, state.optimizer),
         "new_parameters": report.new_parameters,
         "boundary_s": time.perf_counter() - began,
     }
@@ -594,5 +595,6 @@ def _attempt_record(cfg: RunConfig, state: TrainState, checkpointer: Checkpointe
         "device": str(world.device),
         "num_parameters": num_parameters(state.model),
         "num_trainable": num_parameters(state.model, trainable_only=True),
+        "state_bytes": state_bytes(state.model, state.optimizer),
         "unix_time": time.time(),
     }

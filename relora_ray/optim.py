@@ -16,7 +16,6 @@ from relora_ray.config import OptimizerConfig, ResetConfig
 from relora_ray.keyed import key
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_NAMES = ("step", *MOMENTS)
 
 
 def build_adamw(model: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
@@ -59,6 +58,53 @@ def _without_decay(model: nn.Module) -> set[nn.Parameter]:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All that an optimizer keeps, sharing its memory: by `<parameter>.<key>`, in an order that is the model's.
+
+    TypeError if it keeps what is no tensor, or anything of what is no parameter: a checkpoint would drop it.
+    """
+    found: dict[str, torch.Tensor] = {}
+    kept = dict(optimizer.state)
+    for name, parameter in model.named_parameters():
+        state = kept.pop(parameter, {})
+        for key_ in sorted(state, key=lambda key_: (key_ != "step", key_)):
+            if not isinstance(state[key_], torch.Tensor) or "." in key_:
+                raise TypeError(
+                    f"the optimizer keeps {key_}={state[key_]!r} of {name}. A checkpoint holds tensors, under keys "
+                    f"without a dot: make it one, such as torch.tensor(...)."
+                )
+            found[f"{name}.{key_}"] = state[key_]
+    if kept:
+        raise TypeError(
+            f"the optimizer keeps {sorted(next(iter(kept.values())))} of what is no parameter of the model. A "
+            f"checkpoint holds what is kept of parameters: keep it there."
+        )
+    return found
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of a training state on each worker, by role, counted from its tensors and each once.
+
+    weights: parameters and persistent buffers. derived: buffers that no checkpoint holds, such as effective weights.
+    gradients: of all that is trained, whether they are there at the moment or not. optimizer: all that it keeps.
+    """
+    held = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    buffers = {id(t): t for t in model.buffers() if id(t) not in held}
+    kept = {id(t): t for t in state_tensors(model, optimizer).values()}
+    return {
+        "weights": sum(t.nbytes for t in held.values()),
+        "derived": sum(t.nbytes for t in buffers.values()),
+        "gradients": sum(p.nbytes for p in trainable(model)),
+        "optimizer": sum(t.nbytes for t in kept.values()),
+    }
+
+
+def options(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """Of each parameter group, all settings but the learning rate: what has to stay as it was built, as no checkpoint
+    holds it."""
+    return [{k: repr(v) for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
 
 
 def take_over_state_(optimizer: torch.optim.Optimizer, previous: torch.optim.Optimizer) -> int:

@@ -212,7 +212,7 @@ def digest(tensors: Sequence[torch.Tensor]) -> int:
 @torch.no_grad()
 def bit_sums(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Of each tensor, the sum of its bit patterns as integers: not 0 means that not all of it is zero."""
-    sums = [_as_integers(t.detach().contiguous()).sum(dtype=torch.int64) for t in tensors]
+    sums = [as_integers(t.detach().contiguous()).sum(dtype=torch.int64) for t in tensors]
     return torch.stack(sums).tolist() if sums else []
 
 
@@ -223,7 +223,7 @@ def digest_of_sums(sums: Sequence[int]) -> int:
     return value
 
 
-def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """The same bits, 8 bytes at a time where they divide: a sum of int64 runs at the speed of memory."""
     size = next(size for size in (8, 4, 2, 1) if tensor.nbytes % size == 0)
     if tensor.storage_offset() * tensor.element_size() % size:

@@ -55,6 +55,8 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
     merges = [b["step"] for b in boundaries if b["boundary_kind"] == "merge"]
     where = " after steps " + ", ".join(f"{step:,}" for step in merges) if 0 < len(merges) < 20 else ""
     yield f"  merges    {len(merges)}{where}"
+    if state := _state(records["attempt"][-1:] + records["boundary"]):
+        yield f"  state     {state}"
     checkpoints = metrics.latest(records["checkpoint"])
     if checkpoints:
         base = [c["base_bytes"] for c in checkpoints if c["base_is_new"]]
@@ -68,6 +70,14 @@ def _lines(cfg: RunConfig, storage: Storage) -> Iterator[str]:
     yield f"  attempts  {len(attempts)}, world size {', '.join(str(a['world_size']) for a in attempts[-8:])}"
     if storage.exists(f"{MODEL}/config.json"):
         yield f"  model     {storage.url}/{MODEL} (plain Hugging Face folder)"
+
+
+def _state(shapes: Sequence[Record]) -> str:
+    """Bytes on each worker as they were last; "" if the run's version did not record them."""
+    last = max(shapes, key=lambda record: record["step"], default={})
+    by_role: dict[str, int] = last.get("state_bytes") or {}
+    parts = ", ".join(f"{role} {size_text(num_bytes)}" for role, num_bytes in by_role.items() if num_bytes)
+    return f"{size_text(sum(by_role.values()))} on each worker: {parts}" if by_role else ""
 
 
 def _not_made(cfg: RunConfig, storage: Storage, trained: Sequence[Record]) -> Iterator[str]:

@@ -155,3 +155,14 @@ def test_it_goes_on_from_where_it_had_gone_back_to(place: Path) -> None:
     assert_close(state, by_hand)
     assert read_manifest(run_storage(config(place)), 12).rollbacks[0].to_step == 6
     assert [r["step"] for r in run(config(place))[1] if r["kind"] == "attempt"] == [12]
+
+
+def test_run_of_format_4_goes_on(tmp_path: Path) -> None:
+    """It named no tensors that hold zeros only."""
+    with tarfile.open(ROOT / "tests/fixtures/run-format-4.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    cfg = config(tmp_path)
+    assert read_manifest(run_storage(cfg), 7).format == 4
+    assert_went_on(cfg, undisturbed(tmp_path))
+    assert read_manifest(run_storage(cfg), 12).format == 5
+    assert [problem for _, problem in verify(run_storage(cfg), None) if problem] == []

@@ -17,9 +17,10 @@ from relora_ray.conformance.ours import poisoned
 from relora_ray.errors import ConfigError, NonFiniteError
 from relora_ray.loop import evaluate, open_batches
 from relora_ray.methods.lowrank import LowRankLinear, low_rank_layers
-from relora_ray.metrics import Record, read, read_all
+from relora_ray.metrics import Record, read, read_all, size_text
 from relora_ray.model import build_model
 from relora_ray.parallel import World
+from relora_ray.report import summary
 from relora_ray.runs import load_trained, run_storage
 from relora_ray.schedule import lr_multiplier
 from tests.tiny import Crash, assert_loads_as_the_live_model, crash_at, losses, run, state_digest, tiny_config
@@ -341,3 +342,21 @@ def test_manifest_says_what_it_holds(cfg: RunConfig) -> None:
     assert (manifest.step, manifest.boundary, manifest.tokens) == (12, 12, 12 * 6 * 24)
     assert manifest.counters.merges == 3
     assert manifest.versions["torch"] == str(torch.__version__)
+
+
+def test_state_bytes_are_counted_by_role(cfg: RunConfig) -> None:
+    """Of each structure: all weights trained, and adapters on frozen ones."""
+    _, records = run(cfg)
+    (first,) = [r for r in records if r["kind"] == "attempt"]
+    last = [r for r in records if r["kind"] == "boundary"][-1]
+    assert first["num_trainable"] == first["num_parameters"] > last["num_trainable"]
+    for record in (first, last):
+        found = record["state_bytes"]
+        assert found["weights"] == 4 * record["num_parameters"]
+        assert found["gradients"] == 4 * record["num_trainable"]
+        steps = found["optimizer"] - 8 * record["num_trainable"]
+        assert 0 < steps < 4 * 50, "and a count for each tensor"
+    effective = 4 * 2 * (4 * 32 * 32 + 3 * 32 * 48)  # of two blocks' seven layers
+    assert last["state_bytes"]["derived"] - first["state_bytes"]["derived"] == effective
+    total = size_text(sum(last["state_bytes"].values()))
+    assert f"state     {total} on each worker: weights " in summary(run_storage(cfg))

@@ -13,7 +13,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,11 +31,11 @@ from relora_ray.checkpoint.layout import PartPlan, plan_part
 from relora_ray.checkpoint.lineage import Lineage
 from relora_ray.checkpoint.manifest import Counters, Manifest, Part, Rollback, Setup
 from relora_ray.checkpoint.ownership import refuse_if_superseded
-from relora_ray.checkpoint.parts import PartReader, read_index, write_share
+from relora_ray.checkpoint.parts import PartReader, read_whole_index, write_share
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, RankFailedError, ReloraError, StorageError
-from relora_ray.optim import MOMENTS, STATE_NAMES
-from relora_ray.parallel import World, bit_sums, digest, digest_of_sums
+from relora_ray.optim import MOMENTS, options, state_tensors
+from relora_ray.parallel import World, as_integers, bit_sums, digest, digest_of_sums
 from relora_ray.storage import Storage
 from relora_ray.verdict import in_words, verdict
 
@@ -112,6 +112,8 @@ class Checkpointer:
         self._under_way: _UnderWay | None = None
         self._failure = ""
         """Why the last save that ended was not stored."""
+        self._options: tuple[torch.optim.Optimizer, list[dict[str, str]]] | None = None
+        """Of the optimizer, as it was at its first save."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="relora-ray-save")
         self._commits = commits
         self._host = HostCopies()
@@ -138,7 +140,7 @@ class Checkpointer:
         for part, tensors in ((manifest.base, base), (manifest.delta, delta)):
             if part is None:
                 continue
-            index = self._world.on_first(lambda part=part: read_index(self._storage, part))  # type: ignore[misc]
+            index = self._world.on_first(lambda part=part: read_whole_index(self._storage, part))  # type: ignore[misc]
             self._world.on_all(
                 lambda part=part, index=index, tensors=tensors: _load_part(self._storage, part, index, tensors)  # type: ignore[misc]
             )
@@ -167,12 +169,15 @@ class Checkpointer:
         DamagedError if it is not whole, CheckpointError if it does not fit.
         """
         source = self._storage.sibling(run)
-        left = {f"model.{name}" for name in fresh} | {f"optimizer.{n}.{key}" for n in fresh for key in STATE_NAMES}
+
+        def left(name: str) -> bool:
+            kind, _, rest = name.partition(".")
+            return (rest.rpartition(".")[0] if kind == "optimizer" else rest) in fresh
+
         for part, tensors in zip((manifest.base, manifest.delta), split_state(model, optimizer, frozen), strict=True):
             if part is not None:
-                index = {name: entry for name, entry in read_index(source, part).items() if name not in left}
-                wanted = {name: tensor for name, tensor in tensors.items() if name not in left}
-                _load_part(source, part, index, wanted)
+                index = _without(read_whole_index(source, part), left)
+                _load_part(source, part, index, {n: tensor for n, tensor in tensors.items() if not left(n)})
         self._lineage.fork(manifest, run)
         return Position(manifest.step, manifest.boundary, manifest.counters, manifest.rollbacks)
 
@@ -202,6 +207,7 @@ class Checkpointer:
             busy = self._world.sum(float(not self._under_way.future.done()))[0] > 0  # ranks may not differ in this
             if busy and not needed:
                 return [Saved(position.step, why_not=f"that of step {self._under_way.position.step} is under way")]
+        self._refuse_changed_options(optimizer)
         results = self.settle()
         last_chance = bool(self._failure) and self._unsaved(position.step) > self._max_unsaved
         base, delta = split_state(model, optimizer, frozen)
@@ -271,6 +277,18 @@ class Checkpointer:
         """SupersededError if another driver owns the run by now (one rank)."""
         refuse_if_superseded(self._storage, self.attempt)
 
+    def _refuse_changed_options(self, optimizer: torch.optim.Optimizer) -> None:
+        """TypeError if an optimizer keeps something in its groups that changes: it would be lost without a word."""
+        now = options(optimizer)
+        if self._options is None or self._options[0] is not optimizer:
+            self._options = optimizer, now
+        for before, group in zip(self._options[1], now, strict=True):
+            if changed := [name for name in group if group[name] != before.get(name)]:
+                raise TypeError(
+                    f"the optimizer's group has {changed[0]}={group[changed[0]]}, and had {before.get(changed[0])}: a "
+                    f"checkpoint holds tensors of optimizer.state only. Keep there what changes."
+                )
+
     def _draft(
         self, position: Position, base: Tensors, delta: Tensors, num_writers: int
     ) -> tuple[Manifest, dict[str, PartPlan]]:
@@ -285,7 +303,8 @@ class Checkpointer:
 
         delta_sums = bit_sums(list(delta.values()))
         delta_part = part("delta", delta_sums)
-        plans = {"delta": plan_part(_without_zeros(delta, delta_sums), num_writers)}
+        zeros = _zeros(delta, delta_sums)
+        plans = {"delta": plan_part({n: t for n, t in delta.items() if n not in zeros}, num_writers, zeros)}
         if base_is_new:
             base_part = part("base", bit_sums(list(base.values())))
             plans["base"] = plan_part(base, num_writers)
@@ -415,60 +434,64 @@ def restore_model(storage: Storage, manifest: Manifest, model: nn.Module, frozen
     """Copy a checkpoint's weights, without optimizer state, into `model` in place. One process."""
     for part, tensors in zip((manifest.base, manifest.delta), split_state(model, None, frozen), strict=True):
         if part is not None:
-            index = {n: e for n, e in read_index(storage, part).items() if not n.startswith("optimizer.")}
+            index = _without(read_whole_index(storage, part), lambda name: name.startswith("optimizer."))
             _load_part(storage, part, index, tensors)
 
 
 def split_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, frozen: set[str]) -> tuple[Tensors, Tensors]:
     """All live tensors of a training state as (base, delta), under stable names, sharing their memory.
 
-    `model.<name>` for parameters and persistent buffers, `optimizer.<parameter>.{step,exp_avg,exp_avg_sq}`.
+    `model.<name>` for parameters and persistent buffers, `optimizer.<parameter>.<key>` for what the optimizer keeps.
     """
     own = {id(t): name for name, t in reversed(list(model.state_dict(keep_vars=True).items()))}
     tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items() if own[id(t)] == name}
     base = {f"model.{name}": t for name, t in tensors.items() if name in frozen}
     delta = {f"model.{name}": t for name, t in tensors.items() if name not in frozen}
-    for name, parameter in model.named_parameters():
-        if optimizer is not None and parameter in optimizer.state:
-            delta |= {f"optimizer.{name}.{key}": optimizer.state[parameter][key] for key in STATE_NAMES}
+    if optimizer is not None:
+        delta |= {f"optimizer.{name}": t for name, t in state_tensors(model, optimizer).items()}
     return base, delta
+
+
+def _without(index: dict[str, Any], left: Callable[[str], bool]) -> dict[str, Any]:
+    return {kind: {name: entry for name, entry in of.items() if not left(name)} for kind, of in index.items()}
 
 
 def _load_part(storage: Storage, part: Part, index: dict[str, Any], tensors: Tensors) -> None:
     """In this process alone: torch would have ranks exchange pickled plans, and all of them read the same."""
-    absent = tensors.keys() - index.keys()
-    if wrong := sorted((index.keys() - tensors.keys()) | {n for n in absent if not _is_moment(n)}):
+    stored, absent = index["tensors"], tensors.keys() - index["tensors"].keys()
+    zeros = index["zeros"].keys() if "zeros" in index else {name for name in absent if _is_moment(name)}
+    if wrong := sorted((stored.keys() - tensors.keys()) | (absent ^ zeros)):
         raise CheckpointError(
             f"{part.folder} and the model differ in tensors: {wrong[0]} and {len(wrong) - 1} more are on one "
             f"side only. Use the config that the checkpoint was made with. If an earlier version began the run, name "
             f"in method.leave_out the stacks of experts and the layers that it trained in full."
         )
     with torch.no_grad():
-        for name in absent:  # moments that were all zero are not stored
+        for name in absent:
             tensors[name].zero_()
     try:
         with _quiet():
             dcp.load(
-                {name: tensors[name] for name in sorted(index)},
-                storage_reader=PartReader(storage, part, index),
+                {name: tensors[name] for name in sorted(stored)},
+                storage_reader=PartReader(storage, part, stored),
                 no_dist=True,
             )
     except CheckpointException as error:
         raise _first_cause(error, f"cannot load {part.folder}") from error
 
 
-def _without_zeros(delta: Tensors, sums: list[int]) -> Tensors:
-    """`delta` less the moments that hold zeros only: right after a start or a reset that is most of them. `sums`: of
-    the tensors' bits, so that -0.0 counts as something, and only those that may be empty need another look."""
-    maybe = [name for name, total in zip(delta, sums, strict=True) if _is_moment(name) and total == 0]
+def _zeros(delta: Tensors, sums: list[int]) -> Tensors:
+    """What the optimizer keeps that holds zeros only: right after a start or a reset that is most of it. `sums`: of the
+    tensors' bits, so that -0.0 counts as something, and only those that may be empty need another look."""
+    maybe = [n for n, total in zip(delta, sums, strict=True) if n.startswith("optimizer.") and total == 0]
     if not maybe:
-        return delta
-    nonzero = torch.stack([delta[name].view(torch.int32).any() for name in maybe]).tolist()
-    empty = {name for name, any_nonzero in zip(maybe, nonzero, strict=True) if not any_nonzero}
-    return {name: tensor for name, tensor in delta.items() if name not in empty}
+        return {}
+    nonzero = torch.stack([as_integers(delta[name]).any() for name in maybe]).tolist()
+    return {name: delta[name] for name, any_nonzero in zip(maybe, nonzero, strict=True) if not any_nonzero}
 
 
 def _is_moment(name: str) -> bool:
+    """What versions before format 5 left out where it was zero."""
     return name.startswith("optimizer.") and name.rpartition(".")[2] in MOMENTS
 
 

@@ -60,8 +60,9 @@ class PartPlan:
         return {chunk.key: chunk.of(tensors[chunk.name]) for chunks in self.files[rank].values() for chunk in chunks}
 
 
-def plan_part(tensors: Tensors, num_ranks: int) -> PartPlan:
-    """Cut tensors (on any device, meta too) into chunks, and spread those over ranks and files."""
+def plan_part(tensors: Tensors, num_ranks: int, zeros: Tensors | None = None) -> PartPlan:
+    """Cut tensors (on any device, meta too) into chunks, and spread those over ranks and files. `zeros`: those that
+    hold nothing else, which are named only."""
     chunks = [chunk for name in sorted(tensors) for chunk in _cut(name, tensors[name])]
     assert len({chunk.key for chunk in chunks}) == len(chunks), "no tensor is named like a box of another"
     shares: list[list[Chunk]] = [[] for _ in range(num_ranks)]
@@ -73,14 +74,16 @@ def plan_part(tensors: Tensors, num_ranks: int) -> PartPlan:
         num_bytes[rank] += chunk.stored_bytes
     files = tuple(_fill_files(share, rank) for rank, share in enumerate(shares))
     file_of = {chunk.key: file for of_rank in files for file, inside in of_rank.items() for chunk in inside}
-    index: dict[str, dict[str, Any]] = {
-        name: {"dtype": str(tensors[name].dtype).removeprefix("torch."), "shape": tensors[name].shape, "chunks": []}
-        for name in sorted(tensors)
-    }
+    index: dict[str, dict[str, Any]] = {name: _kind(tensors[name]) | {"chunks": []} for name in sorted(tensors)}
     for chunk in chunks:
         place = {"offsets": chunk.offsets, "sizes": chunk.sizes, "file": file_of[chunk.key], "key": chunk.key}
         index[chunk.name]["chunks"].append(place)
-    return PartPlan(files, json.dumps({"tensors": index}).encode())
+    named = {name: _kind(tensor) for name, tensor in sorted((zeros or {}).items())}
+    return PartPlan(files, json.dumps({"tensors": index, "zeros": named}).encode())
+
+
+def _kind(tensor: torch.Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": tensor.shape}
 
 
 def _cut(name: str, tensor: torch.Tensor) -> list[Chunk]:

@@ -21,8 +21,8 @@ from relora_ray.checkpoint.ownership import ATTEMPT, AttemptKey, attempt_key
 from relora_ray.errors import ConfigError, DamagedError, StorageError
 from relora_ray.storage import Storage
 
-FORMAT = 4
-READABLE = (2, 3, FORMAT)
+FORMAT = 5
+READABLE = (2, 3, 4, FORMAT)
 MAX_BYTES = 2**26
 """Of one record."""
 

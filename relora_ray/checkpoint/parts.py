@@ -1,6 +1,7 @@
 """The objects of a base or a delta: safetensors files and a JSON index. Nothing is pickled. One folder holds
 
-    index.json                   {"tensors": {name: {dtype, shape, chunks: [{offsets, sizes, file, key}]}}}
+    index.json                   {"tensors": {name: {dtype, shape, chunks: [{offsets, sizes, file, key}]}},
+                                  "zeros": {name: {dtype, shape}}}
     r00000-p000.safetensors      rank 0's first file, and so on
 
 layout.py decides who writes what: a tensor is stored once, in one or more chunks, spread over the ranks by bytes.
@@ -138,12 +139,19 @@ class PartReader(StorageReader):
 
 
 def read_index(storage: Storage, part: Part) -> dict[str, Any]:
-    """The index of a part: {tensor name: {dtype, shape, chunks}}. DamagedError if it is not as recorded."""
+    """What a part stores: {tensor name: {dtype, shape, chunks}}. DamagedError if its index is not as recorded."""
+    tensors: dict[str, Any] = read_whole_index(storage, part)["tensors"]
+    return tensors
+
+
+def read_whole_index(storage: Storage, part: Part) -> dict[str, Any]:
+    """The same under "tensors", and under "zeros" those that hold zeros only, which are not stored: versions before
+    format 5 did not name them."""
     stored = next((o for o in part.objects if o.path == INDEX), None)
     if stored is None:
         raise DamagedError(f"the manifest of {storage.url}/{part.folder} names no {INDEX}.")
-    tensors: dict[str, Any] = json.loads(read_checked(storage, part, stored))["tensors"]
-    return tensors
+    index: dict[str, Any] = json.loads(read_checked(storage, part, stored))
+    return index
 
 
 def read_checked(storage: Storage, part: Part, recorded: StoredObject) -> bytes:

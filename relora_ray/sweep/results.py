@@ -123,16 +123,10 @@ def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
         "train_s": sum(record["step_s"] for record in steps),
         "gpu_s": sum(record["step_s"] for record in steps) * cfg.cluster.workers * cfg.cluster.gpus_per_worker,
         "num_trainable": trainable,
-        "state_bytes": state_bytes(cfg, total, trainable),
+        # Versions before counted 16 bytes for what is trained, and recorded none.
+        "state_bytes": sum(shapes[-1].get("state_bytes", {"": 4 * total + 12 * trainable}).values()),
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in records["end"]), default=0),
     }
-
-
-def state_bytes(cfg: RunConfig, num_parameters: int, num_trainable: int) -> int:
-    """Of a training state after the warm start, on every worker: frozen weights as the config holds them, and 16 bytes
-    for a weight that is trained (weight, gradient and two moments in fp32)."""
-    frozen = {"fp32": 4, "bf16_int8": 3, "bf16": 2}[getattr(cfg.method, "frozen_weights", "fp32")]
-    return (num_parameters - num_trainable) * frozen + num_trainable * 16
 
 
 def spent(points: Sequence[Point]) -> tuple[float, float]:

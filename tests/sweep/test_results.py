@@ -26,13 +26,11 @@ from relora_ray.sweep.results import (
     point_from_json,
     ranking,
     spent,
-    state_bytes,
     to_csv,
 )
 from relora_ray.sweep.space import Value
 from tests.conftest import ROOT
 from tests.sweep.test_space import sweep
-from tests.tiny import tiny_config
 
 SEEDS = (1, 2)
 
@@ -141,12 +139,6 @@ def test_importance_of_a_range_is_by_bins() -> None:
     points = [point(n, float(n >= 10), alpha=0.1 * n) for n in range(20)]
     (found,) = importance(points)
     assert found.share > 0.85
-
-
-def test_state_bytes_are_by_shape(tmp_path: Path) -> None:
-    fp32, int8 = (tiny_config(tmp_path, tmp_path, f"method.frozen_weights={kind}") for kind in ("fp32", "bf16_int8"))
-    assert state_bytes(fp32, 100, 40) == 60 * 4 + 40 * 16
-    assert state_bytes(int8, 100, 40) == 60 * 3 + 40 * 16
 
 
 def test_table_and_page(tmp_path: Path) -> None:
