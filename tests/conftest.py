@@ -32,9 +32,9 @@ SLOW = (
     "conformance", "data/test_claim", "runtime/test_autoscaling", "runtime/test_elastic.py", "runtime/test_faults",
     "runtime/test_jobs", "runtime/test_meeting", "runtime/test_notice", "runtime/test_sweep", "runtime/test_train",
     "simulation",
-    "test_ablations", "test_cli", "test_golden", "test_cluster_files", "test_commands_between", "test_compiled", "test_contract",
-    "test_core_trains_with_ray_not_installed", "test_distributed", "test_kills", "test_playground", "test_remote_runs",
-    "test_rollback", "test_storage", "test_throughput", "test_two_drivers", "test_architectures",
+    "test_ablations", "test_cli", "test_cluster_files", "test_commands_between", "test_compiled", "test_contract",
+    "test_core_trains_with_ray_not_installed", "test_distributed", "test_golden", "test_kills", "test_playground",
+    "test_remote_runs", "test_rollback", "test_storage", "test_throughput", "test_two_drivers", "test_architectures",
 )  # fmt: skip
 """Clusters, servers, several processes, and all that takes minutes: `make check` does without."""
 
