@@ -31,7 +31,8 @@ FIRST = ("runtime", "test_kills", "conformance", "test_cli")
 SLOW = (
     "conformance", "data/test_claim", "runtime/test_autoscaling", "runtime/test_elastic.py", "runtime/test_faults",
     "runtime/test_jobs", "runtime/test_meeting", "runtime/test_notice", "runtime/test_sweep", "runtime/test_train",
-    "simulation",
+    "runtime/test_launch_errors", "simulation", "on_a_server",
+    "test_ranks_store_it_once", "test_two_ranks_are_told_too",
     "test_ablations", "test_cli", "test_cluster_files", "test_commands_between", "test_compiled", "test_contract",
     "test_core_trains_with_ray_not_installed", "test_distributed", "test_golden", "test_kills", "test_playground",
     "test_remote_runs", "test_rollback", "test_storage", "test_throughput", "test_two_drivers", "test_architectures",

@@ -186,7 +186,7 @@ def test_loss_of_the_router_counts_as_the_architecture_has_it(coefficient: float
     assert router is not None
     assert router.norm() > coefficient / 1e4
     model.eval()
-    assert float(mean_loss(model)) == pytest.approx(float(plain), rel=1e-5), "evaluation is of the text"
+    assert mean_loss(model).item() == pytest.approx(float(plain), rel=1e-5), "evaluation is of the text"
 
 
 def test_loss_of_the_router_that_is_asked_for_and_not_there_is_refused(data: Path, tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ import logging
 import multiprocessing
 import os
 import queue
-import re
+import resource
 import signal
 import socket
 import struct
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from pathlib import Path
@@ -44,9 +45,6 @@ logger = logging.getLogger(__name__)
 TRAIN = "relora_ray.runtime.trainer:train"
 """What the process that trains does."""
 PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
-_OF_ONE_AGENT = re.compile(r"RAY|\w+_VISIBLE_DEVICES$|OMP_NUM_THREADS$|GLOO_SOCKET_IFNAME$")
-"""Variables in which agents of one job differ. The process that trains has its own agent's, whoever started the server,
-and they do not decide what is imported."""
 CHECK_S = 0.5
 STACK_LINES = 30
 MAX_STACKS = 10_000_000
@@ -267,15 +265,56 @@ def warm_up() -> None:
 
 def _key() -> str:
     """Of the server that forks the processes that train: agents share one, of other jobs too, that have the same files
-    and processes, code and environment. A driver that is started again finds it with everything imported."""
-    where = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid")]  # containers may share a network
-    code = [*Path(relora_ray.__file__).parent.rglob("*.py")]
-    for name in ("torch", "transformers"):  # what is installed or removed beside them changes the folder's date
+    and rights, code and environment. A driver that is started again finds it with everything imported."""
+    environment = [(name, value) for name, value in sorted(os.environ.items()) if not prefork.OF_ONE_ASKER.match(name)]
+    files = sorted({*_code(), *_fsspecs_settings()})
+    return hashlib.sha256(repr((_inherited(), [_state_of(path) for path in files], environment)).encode()).hexdigest()
+
+
+def _inherited() -> list[Any]:
+    """What a process has from the one that forked it, and cannot always give itself: containers (which may share a
+    network), rights, limits, processors."""
+    kept = ("Umask", "Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Cpus_allowed:", "Mems_allowed:")
+    status = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kept)]
+    spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid", "user", "net", "ipc", "cgroup")]
+    limits = [
+        resource.getrlimit(getattr(resource, name)) for name in sorted(dir(resource)) if name.startswith("RLIMIT")
+    ]
+    own = [Path(f"/proc/self/{name}").read_text() for name in ("cgroup", "oom_score_adj")]
+    root = os.stat("/")
+    priority = (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))
+    return [spaces, status, limits, own, priority, (root.st_dev, root.st_ino)]
+
+
+def _code() -> Iterator[str]:
+    """Files and folders that change with what the server has imported: for packages that were installed the folder in
+    which an installation changes something, for others all their files."""
+    folders = {"relora_ray": os.path.dirname(relora_ray.__file__)}
+    for name in ("torch", *(module.partition(".")[0] for module in PRELOAD)):
         if (found := importlib.util.find_spec(name)) and found.origin:
-            code.append(Path(found.origin).parent.parent)
-    dates = [(str(path), path.stat().st_mtime_ns) for path in sorted(code)]
-    environment = [(name, value) for name, value in sorted(os.environ.items()) if not _OF_ONE_AGENT.match(name)]
-    return hashlib.sha256(repr((where, dates, environment)).encode()).hexdigest()
+            folders.setdefault(name, os.path.dirname(found.origin))
+    for name, folder in folders.items():
+        above = os.path.dirname(folder)
+        if not os.path.isdir(folder) or (name != "relora_ray" and above.endswith("-packages")):  # it is in an archive
+            yield above
+        else:
+            for at, _, files in os.walk(folder, followlinks=True):
+                yield from (os.path.join(at, file) for file in files if file.endswith(".py"))
+
+
+def _fsspecs_settings() -> Iterator[str]:
+    """It reads them once, when it is imported."""
+    folder = os.environ.get("FSSPEC_CONFIG_DIR", os.path.expanduser("~/.config/fsspec"))
+    with contextlib.suppress(OSError):
+        yield from (os.path.join(folder, name) for name in os.listdir(folder))
+
+
+def _state_of(path: str) -> tuple[Any, ...]:
+    try:
+        found = os.stat(path)
+    except OSError:  # an editor's lock that leads nowhere, or removed since
+        return (path,)
+    return (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def _ended_how(code: int) -> str:

@@ -229,7 +229,7 @@ if not missing:
         def _send_resource_request(self) -> None:
             """When Ray's actor has started: Ray gives it 5 s to answer, and then prints a traceback."""
             if not self._is_reserver_up:
-                with contextlib.suppress(ray.exceptions.GetTimeoutError):  # Ray says so
+                with contextlib.suppress(ray.exceptions.RayError):  # Ray says so
                     ray.get(self._autoscaling_coordinator.__ray_ready__.remote(), timeout=ACTOR_S)
                 self._is_reserver_up = True
             super()._send_resource_request()

@@ -25,6 +25,7 @@ import importlib
 import logging
 import os
 import pickle
+import re
 import selectors
 import signal
 import socket
@@ -55,6 +56,11 @@ HELLO_S = 5.0
 REQUEST_S = 2.0
 """A request that was begun is read within this: an agent that stops halfway must not make the server seem to hang."""
 CHECK_S = 0.05
+OF_ONE_ASKER = re.compile(
+    r"RAY|\w+_VISIBLE_DEVICES$|OMP_NUM_THREADS$|GLOO_SOCKET_IFNAME$|TORCHINDUCTOR_CACHE_DIR$|(_|PWD|OLDPWD|SHLVL)$"
+)
+"""Variables in which those who share a server differ, and which do not decide what is imported. The server has none of
+them; each forked process has those of its own agent."""
 NUM_STARTS = 3
 """A server that ended so often before it was up will not be."""
 NUM_ADDRESSES = 16
@@ -207,7 +213,8 @@ def _start(address: str, preload: Sequence[str]) -> bool:
         command = [sys.executable, "-c", code, str(listener.fileno()), ",".join(preload)]
         # A shell in between ends at once: its child is nobody's.
         command = ["/bin/sh", "-c", '"$@" &', "sh", *command]
-        subprocess.run(command, pass_fds=[listener.fileno()], start_new_session=True, check=True)
+        shared = {name: value for name, value in os.environ.items() if not OF_ONE_ASKER.match(name)}
+        subprocess.run(command, pass_fds=[listener.fileno()], start_new_session=True, check=True, env=shared)
     return True
 
 
@@ -291,7 +298,8 @@ def main() -> None:
                     agents[control] = _fork(control, [selector, listener, woken, wake, *agents])
                 except Exception as error:
                     if not isinstance(error, EOFError):  # the agent only wanted to know
-                        traceback.print_exc()
+                        with contextlib.suppress(OSError):  # the file of whoever started it may be full or gone
+                            traceback.print_exc()
                     drop(control)
             used = time.monotonic()
         for pid, status in _ended():

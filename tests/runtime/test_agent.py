@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,6 +67,41 @@ def test_agents_share_a_server_if_they_have_the_same_code_and_environment(
     key = agent._key()
     os.utime(package / "loop.py", ns=(0, 1))
     assert agent._key() != key, "code that was edited is imported anew"
+    dated = agent._key()
+    (package / "loop.py").write_text("")
+    os.utime(package / "loop.py", ns=(0, 1))
+    assert agent._key() != dated, "whatever date it is given"
+    (package / ".#loop.py").symlink_to("nowhere")
+    agent._key()
+
+
+def in_another_process(change: Callable[[], None]) -> str:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_key_after, change).result()
+
+
+def _key_after(change: Callable[[], None]) -> str:
+    change()
+    return agent._key()
+
+
+def test_no_server_is_shared_with_other_rights_or_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is forked has those of whoever started the server, and the run would not know."""
+    changes = [
+        partial(os.umask, 0o077),
+        partial(os.nice, 3),
+        partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))}),
+        partial(resource.setrlimit, resource.RLIMIT_NOFILE, (512, 512)),
+        partial(Path("/proc/self/oom_score_adj").write_text, "900"),
+    ]
+    os.umask(0o022)
+    key = agent._key()
+    assert in_another_process(partial(os.umask, 0o022)) == key
+    assert len({key, *map(in_another_process, changes)}) == 1 + len(changes)
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(tmp_path))
+    key = agent._key()
+    (tmp_path / "conf.json").write_text('{"s3": {"endpoint_url": "http://new:9000"}}')
+    assert agent._key() != key, "fsspec reads its settings once"
 
 
 @pytest.fixture
