@@ -40,7 +40,7 @@ lint: $(STAMP)
 
 # What to run while working: some minutes less than `make test`.
 check: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 4
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

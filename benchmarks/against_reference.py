@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
@@ -26,15 +27,16 @@ import torch.nn.functional as F
 import yaml
 
 from relora_ray import loop
-from relora_ray.ablations import machine
 from relora_ray.config import RunConfig
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.data.prepare import Request, prepare
 from relora_ray.keyed import key
-from relora_ray.methods.lowrank import folded_state_dict, low_rank_layers
-from relora_ray.parallel import World
-from relora_ray.reference import read_reference
-from relora_ray.runs import check_run, new_model
+from relora_ray.methods.lowrank.layer import folded_state_dict, low_rank_layers
+from relora_ray.modeling.parallel import World
+from relora_ray.modeling.reference import read_reference
+from relora_ray.runs.run import new_model
+from relora_ray.runs.setting import check_run
+from relora_ray.study.ablations import machine
 
 STUBS = ("bitsandbytes", "bitsandbytes.functional", "wandb", "loguru", "peft_pretraining.modeling_llama")
 RESETS = (
@@ -64,7 +66,8 @@ def import_published(clone: Path) -> tuple[ModuleType, ModuleType]:
 def published_run(published: tuple[ModuleType, ModuleType], cfg: RunConfig, folder: Path) -> tuple[list[float], dict]:
     """Losses by update and final dense weights of the published code's pieces in the published order."""
     relora, training_utils = published
-    method, reset = cfg.method, cfg.method.reset
+    method: Any = cfg.method
+    reset = method.reset
     wrapped = relora.ReLoRaModel(
         new_model(cfg), target_modules=["attn", "attention", "mlp"], r=method.lora_rank, lora_alpha=method.alpha,
         lora_dropout=0.0, keep_original_weights=True,

@@ -25,17 +25,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from relora_ray.ablations import machine, version
 from relora_ray.checkpoint import Checkpointer, Position, Saved, read_history
 from relora_ray.checkpoint.ownership import Term
 from relora_ray.config import RunConfig
-from relora_ray.config_file import load_config
+from relora_ray.config.file import load_config
+from relora_ray.config.planned import value_at
 from relora_ray.conformance.processes import run_ranks
-from relora_ray.methods import build_method
-from relora_ray.model import build_model, num_parameters
-from relora_ray.parallel import World
-from relora_ray.plan import value_at
+from relora_ray.methods.base import build_method
+from relora_ray.modeling.model import build_model, num_parameters
+from relora_ray.modeling.parallel import World
 from relora_ray.storage import Storage
+from relora_ray.study.ablations import machine, version
 from tests import ceph
 from tests.s3 import BUCKET, Server
 
@@ -154,7 +154,8 @@ def formula(cfg: RunConfig) -> tuple[int, int, int]:
     shape = cfg.model.llama
     assert shape is not None
     h, i, layers, vocab = shape.hidden_size, shape.intermediate_size, shape.num_layers, cfg.model.llama_vocab_size
-    rank = value_at(cfg.method.lora_rank, 0)
+    method: Any = cfg.method
+    rank = value_at(method.lora_rank, 0)
     linears = layers * (4 * h * h + 3 * h * i)
     adapters = layers * rank * (4 * 2 * h + 3 * (h + i))
     others = 2 * vocab * h + (2 * layers + 1) * h

@@ -37,12 +37,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from relora_ray.ablations import commit_of, machine, version
-from relora_ray.config_file import parse_config, to_yaml
+from relora_ray.config.file import parse_config, to_yaml
 from relora_ray.conformance.__main__ import make_data
 from relora_ray.loop import run_attempt
-from relora_ray.parallel import World
+from relora_ray.modeling.parallel import World
 from relora_ray.runtime import driver
+
+try:
+    from relora_ray.runtime.preflight import preflight
+except ImportError:  # an earlier version
+    preflight = driver.preflight  # type: ignore[attr-defined]
+from relora_ray.study.ablations import commit_of, machine, version
 from tests.cluster import Machines
 from tests.tiny import tiny_config
 
@@ -108,7 +113,7 @@ def one(opponent: str, fault: str, data: Path) -> tuple[float, int]:
             "method.warm_start_steps=100", "method.merge_every_steps=100", "checkpoint.save_every_steps=20",
             "checkpoint.keep_last=3", "data.seq_len=256", "global_batch_rows=16", "train.micro_batch_rows=8",
         )  # fmt: skip
-        cfg = driver.preflight(tiny_config(data, Path(folder), *overrides))
+        cfg = preflight(tiny_config(data, Path(folder), *overrides))
         seen: list[tuple[float, dict[str, Any]]] = []
 
         def on_event(event: dict[str, Any]) -> None:

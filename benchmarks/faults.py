@@ -26,10 +26,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import ray
 
-from relora_ray.ablations import machine, version
 from relora_ray.conformance.__main__ import make_data
-from relora_ray.metrics import read_pages
-from relora_ray.runs import run_storage
+from relora_ray.runs.metrics import read_pages
+from relora_ray.runs.places import run_storage
+from relora_ray.study.ablations import machine, version
 from tests.faults import Fault, Play, plan
 from tests.runtime.test_faults import bucket_config
 from tests.s3 import Server

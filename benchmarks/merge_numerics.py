@@ -16,9 +16,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from relora_ray.ablations import machine
-from relora_ray.config import LoraConfig
-from relora_ray.methods.lowrank import LowRankLinear
+from relora_ray.methods.lowrank.config import LoraConfig
+from relora_ray.methods.lowrank.layer import LowRankLinear
+from relora_ray.study.ablations import machine
 
 KINDS = ("fp32", "bf16_int8", "bf16")
 SHAPES = ((2048, 2048), (2048, 5461))

@@ -37,27 +37,27 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_ray.ablations import machine, version
-from relora_ray.config import LoraConfig, RunConfig
-from relora_ray.config_file import parse_config
+from relora_ray.config import RunConfig
+from relora_ray.config.file import parse_config
 from relora_ray.data.loader import MicroBatch
-from relora_ray.loop import _accumulate_gradients, _clip, _loss_sum
-from relora_ray.methods import Method, build_method
-from relora_ray.methods.lowrank import LowRankLinear
-from relora_ray.methods.relora import Relora
+from relora_ray.loop import _accumulate_gradients, _loss_sum
+from relora_ray.methods.base import Boundary, Method, Update, build_method
+from relora_ray.methods.lowrank.config import LoraConfig
+from relora_ray.methods.lowrank.layer import LowRankLinear
+from relora_ray.methods.lowrank.relora import Relora
 from relora_ray.methods.targets import block_linears
-from relora_ray.model import build_model, num_parameters
-from relora_ray.optim import build_adamw, trainable
-from relora_ray.parallel import World
-from relora_ray.token_loss import TokenLoss
+from relora_ray.modeling.flops import Order, linear_flops, llama_flops
+from relora_ray.modeling.model import build_model, num_parameters
+from relora_ray.modeling.optim import build_adamw, trainable
+from relora_ray.modeling.parallel import World
+from relora_ray.modeling.token_loss import TokenLoss
+from relora_ray.study.ablations import machine, version
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """Of glibc: without them every large tensor's pages are given back to the system and faulted in again."""
 DROPOUT = 0.1
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 """Side of the square product that says how fast the machine multiplies."""
-
-Update = Callable[[], None]
 
 
 class PublishedLinear(nn.Module):
@@ -125,17 +125,7 @@ def _command(args: argparse.Namespace) -> Iterator[str]:
 # ---- layers
 
 
-def linear_flops(i: int, o: int, rank: int, tokens: int) -> dict[str, float]:
-    """Of forward and backward of one linear layer for one token: full-rank, factored adapters, effective weight built
-    once per `tokens`."""
-    return {
-        "full": 6.0 * i * o,
-        "factored": 4.0 * i * o + 6.0 * rank * (i + o),
-        "effective": 4.0 * i * o + 4.0 * rank * (i + o) + 2.0 * rank * i * o / tokens,
-    }
-
-
-ORDER = {
+ORDER: dict[str, Order] = {
     "full": "full",
     "relora": "effective",
     "relora-rebuilt": "effective",
@@ -201,7 +191,8 @@ def _layer(name: str, linear: nn.Linear, rank: int) -> nn.Module:
         from peft.tuners.lora.layer import Linear
 
         linear.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
-        return Linear(linear, "default", PeftConfig(), r=rank, lora_alpha=32, lora_dropout=dropout_of(name))
+        settings = PeftConfig(r=rank, lora_alpha=32, lora_dropout=dropout_of(name))
+        return Linear(linear, "default", settings, r=rank, lora_alpha=32)
     layer = LowRankLinear(linear, LoraConfig(lora_rank=rank, alpha=32.0, dropout=dropout_of(name)))
     if name == "relora":
         layer.keep_effective_(torch.bfloat16)
@@ -262,7 +253,7 @@ def config(args: argparse.Namespace, name: str) -> RunConfig:
 class Trainee:
     """A model that is trained, as in loop.py."""
 
-    update: Update
+    update: Callable[[], None]
     net: nn.Module
     optimizer: torch.optim.Optimizer
     method: Method | None
@@ -278,7 +269,7 @@ class Trainee:
         """Seconds of a merge and reset; None without adapters of this project."""
         if not isinstance(self.method, Relora):
             return None
-        merge = functools.partial(self.method.on_boundary, self.net, self.optimizer, 1000)
+        merge = functools.partial(self.method.on_boundary, Boundary(self.net, self.optimizer, 1000, seed=0))
         return min(_timed(merge, device) for _ in range(3))
 
 
@@ -322,11 +313,12 @@ def trainee(args: argparse.Namespace, name: str, world: World | None = None) -> 
         run.register_comm_hook(None, count_and_reduce)
 
     def update() -> None:
-        loss, _ = _accumulate_gradients(cfg, world, run, batches, 0, False)
-        assert loss == loss, "the loss is not a number"
-        _clip(net, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=world.size == 1)
+        made = Update(
+            net, optimizer, 0, seed=0, world=world, grad_clip=1.0,
+            backward=lambda extra: _accumulate_gradients(cfg, world, run, batches, 0, False, extra)[0],
+        )  # fmt: skip
+        method.update(made)
+        assert made.applied, "the loss is not a number"
 
     return Trainee(update, net, optimizer, method if name.startswith("relora") else None)
 
@@ -376,15 +368,14 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def model_flops(cfg: RunConfig, rank: int, order: str) -> float:
-    """Of an update, forward and backward, for one token: linear layers, causal attention's products, the head."""
+def model_flops(cfg: RunConfig, rank: int, order: Order) -> float:
     llama = cfg.model.llama
     assert llama is not None
-    h, m = llama.hidden_size, llama.intermediate_size
-    shapes = [(h, h)] * 4 + [(h, m)] * 2 + [(m, h)]
-    linear = sum(linear_flops(i, o, rank, cfg.tokens_per_step)[order] for i, o in shapes)
-    attention = 6.0 * cfg.data.seq_len * h
-    return llama.num_layers * (linear + attention) + 6.0 * h * cfg.model.llama_vocab_size
+
+    def of_linear(name: str, i: int, o: int) -> float:
+        return linear_flops(i, o, rank, cfg.tokens_per_step)[order]
+
+    return llama_flops(llama, cfg.model.llama_vocab_size, cfg.data.seq_len, of_linear)
 
 
 def product_flops(args: argparse.Namespace) -> float:

@@ -34,10 +34,10 @@ def replica(number: str, lighthouse: str) -> None:
     from torchft import Manager, Optimizer
     from torchft.process_group import ProcessGroupGloo
 
-    from relora_ray.config_file import parse_config
-    from relora_ray.methods import build_method
-    from relora_ray.model import build_model
-    from relora_ray.optim import trainable
+    from relora_ray.config.file import parse_config
+    from relora_ray.methods.base import build_method
+    from relora_ray.modeling.model import build_model
+    from relora_ray.modeling.optim import trainable
     from tests.tiny import TINY
 
     cfg = parse_config(TINY, ["method.warm_start_steps=0"])
@@ -114,7 +114,7 @@ def main() -> None:
         replica(*args.replica)
     from torchft.coordination import LighthouseServer
 
-    from relora_ray.ablations import machine, version
+    from relora_ray.study.ablations import machine, version
 
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=1)
     stays, goes = Replica(0, lighthouse.address()), Replica(1, lighthouse.address())

@@ -38,10 +38,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from relora_ray.ablations import machine, version
 from relora_ray.conformance.__main__ import make_data
-from relora_ray.runs import run_storage
+from relora_ray.runs.places import run_storage
 from relora_ray.storage import Storage
+from relora_ray.study.ablations import machine, version
 from tests.s3 import Server
 from tests.test_two_drivers import BEAT_S, PATIENCE_S, Expected, Round, check, configs, draw, undisturbed
 

@@ -28,9 +28,9 @@ from pathlib import Path
 
 from cluster.daemons import Head, RayNode, S3Folder, StartError, free_port, ray_command
 from relora_ray.cli import at_least_0, command
+from relora_ray.commands.status import status
 from relora_ray.errors import ReloraError, RunFailedError
-from relora_ray.metrics import latest, read_kinds
-from relora_ray.status import status
+from relora_ray.runs.metrics import latest, read_kinds
 from relora_ray.storage import Storage
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,5 @@
 """What all commands have in common: how they end, and how they are told of a run.
 
-Exit codes: 0 done, 1 failed or damaged, 2 refused, 130 interrupted by Ctrl-C, 141 nobody reads the output any more.
 What a user can cause ends in one message on stderr. A traceback is a bug.
 """
 
@@ -22,6 +21,33 @@ PATIENCE_S = 10.0
 """Commands that only look try for so long, where storage does not answer."""
 
 Main = Callable[[Sequence[str] | None], int | None]
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 failed or damaged; 2 refused before anything was spent; 130 interrupted by Ctrl-C;
+            141 nobody reads the output any more; 143 told to stop by SIGTERM, 129 by SIGHUP (launch)"""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """With the default behind each option that has one and whose help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said, default = action.help or "", action.default
+        has_none = default is None or default is False or default in ("", (), [], argparse.SUPPRESS)
+        if not action.option_strings or has_none or "default" in said:
+            return action.help
+        return f"{said} (default: {default})".replace("%", "%%") if "%" not in said else action.help
+
+
+def parser(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+    """Of the command `relora-ray NAME`, with examples in its help, each as what stands behind the name."""
+    lines = [f"  relora-ray {name} {example}" for example in examples]
+    return argparse.ArgumentParser(
+        prog=f"relora-ray {name}",
+        description=summary,
+        epilog="\n".join(["examples:", *lines, "", EXIT_CODES]),
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
 
 
 def command(main: Main) -> Callable[..., int]:
@@ -90,18 +116,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def print_about(name: str, summary: str, text: Callable[[Storage], str]) -> Callable[..., int]:
-    """The main function of a command that is given a run and prints `text` of it."""
+def run_parser(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+    """Of a command that looks at a run."""
+    found = parser(name, summary, *examples)
+    found.add_argument("run", metavar="RUN", help="the run's folder or URL")
+    add_options_argument(found)
+    return found
 
-    @command
-    def main(argv: Sequence[str] | None = None) -> None:
-        parser = argparse.ArgumentParser(prog=f"python -m relora_ray.{name}", description=summary, allow_abbrev=False)
-        parser.add_argument("run", metavar="RUN", help="the run's folder or URL")
-        add_options_argument(parser)
-        args = parser.parse_args(argv)
-        print(printable(text(place("RUN", args.run, parse_options(args.storage_option), retry_s=PATIENCE_S))))
 
-    return main
+def run_of(args: argparse.Namespace) -> Storage:
+    """What `run_parser`'s arguments name."""
+    return place("RUN", args.run, parse_options(args.storage_option), retry_s=PATIENCE_S)
 
 
 def at_least_1(text: str) -> int:
@@ -116,13 +141,31 @@ def at_least_0(text: str) -> int:
 
 def seconds(text: str) -> float:
     """For argparse: a time, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
+    if not 0 <= (value := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
     return value
+
+
+def above_0(text: str, what: str = "number") -> float:
+    """For argparse: a finite number above 0; `what`: its name in the message."""
+    if not 0 < (value := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what} above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """For argparse: above 0, and no more than 1."""
+    if not 0 < (value := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and no more than 1")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _at_least(least: int, text: str) -> int:

@@ -8,6 +8,12 @@ from __future__ import annotations
 from typing import Literal
 
 
+def first_words(error: BaseException) -> str:
+    """What an error of a library says first, in one line: with the next line if the first ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class ReloraError(Exception):
     """Base of every error below."""
 
@@ -58,6 +64,10 @@ class ExportError(ReloraError):
     """A trained model that was written as a Hugging Face folder does not load as what it was."""
 
 
+class NotMergeableError(ConfigError):
+    """A method's model has no dense weights, or none at this point; the text says why."""
+
+
 class DivergedError(ReloraError):
     """The loss exploded, and the run may not go back (again)."""
 
@@ -89,7 +99,11 @@ class RunBusyError(ReloraError):
 
 
 class StoppedError(ReloraError):
-    """The driver was told to stop, by SIGTERM."""
+    """The driver was told to stop, by a signal."""
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + signal
 
 
 class RunFailedError(ReloraError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LOOK_S = 10.0
 
 
@@ -14,7 +14,7 @@ def looks_like_path(name: str) -> bool:
     is here."""
     first = name.partition("/")[0]
     return (
-        not _NAME.fullmatch(name)
+        not HUB_NAME.fullmatch(name)
         or name.endswith((".json", ".model", ".txt", ".safetensors", ".gguf"))
         or ("/" in name and os.path.isdir(first))
     )

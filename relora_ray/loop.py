@@ -7,69 +7,44 @@ export. All ranks call it with equal arguments. `train` is the loop proper, mean
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from relora_ray.checkpoint import Checkpointer, Committer, Manifest, Position, Rollback, Saved
-from relora_ray.checkpoint.manifest import Counters, read_record
+from relora_ray.checkpoint import Checkpointer, Committer, Manifest, Rollback, Saved, read_history
+from relora_ray.checkpoint.manifest import Counters, HeldOut, read_record
 from relora_ray.checkpoint.ownership import claim
-from relora_ray.config import STRUCTURAL, RunConfig, flatten
+from relora_ray.config import RunConfig
 from relora_ray.data.loader import BatchSource, MicroBatch
-from relora_ray.data.tokens import Split, TokenRows
-from relora_ray.divergence import begin_cycle, diverged, observe
 from relora_ray.errors import CheckpointError, DamagedError, DivergedError, NonFiniteError, RolledBackError
 from relora_ray.keyed import key
-from relora_ray.methods import BoundaryReport, Method, build_method
-from relora_ray.metrics import MetricsLog, Record, StepTimer, perplexity
-from relora_ray.model import num_parameters
-from relora_ray.optim import state_bytes, trainable
-from relora_ray.parallel import World, digest
-from relora_ray.rollback import roll_back, skipped, where_to_go_on
-from relora_ray.runs import (
-    MODEL,
-    as_begun,
-    bare_model,
-    begin,
-    data_storage,
-    export_model,
-    find_setting,
-    new_model,
-    open_data,
-    run_storage,
-)
-from relora_ray.schedule import lr_multiplier
+from relora_ray.methods.base import Boundary, BoundaryReport, Method, Update, build_method
+from relora_ray.methods.updates import updates_record
+from relora_ray.modeling.optim import trainable
+from relora_ray.modeling.parallel import World, digest
+from relora_ray.modeling.schedule import lr_multiplier
+from relora_ray.modeling.token_loss import TokenLoss
+from relora_ray.runs.batches import Data, open_batches
+from relora_ray.runs.card import model_card
+from relora_ray.runs.divergence import begin_cycle, diverged, observe
+from relora_ray.runs.metrics import MetricsLog, Record, StepTimer, perplexity
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.rollback import roll_back, skipped, where_to_go_on
+from relora_ray.runs.run import export_model
+from relora_ray.runs.setting import MODEL, as_begun, begin, find_setting
+from relora_ray.runs.state import TrainState, build_state, identity_digest, structure_record
+from relora_ray.runs.trial import check_gradients
 from relora_ray.storage import Storage
-from relora_ray.token_loss import TokenLoss
-from relora_ray.trial import check_gradients
 
 logger = logging.getLogger(__name__)
 
 OnRecord = Callable[[Record], None]
-
-
-@dataclass
-class TrainState:
-    """What a run is between two steps."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    position: Position
-
-
-@dataclass(frozen=True)
-class Data:
-    train: BatchSource
-    validation: BatchSource
-    fingerprint: str
 
 
 class Supervisor(Protocol):
@@ -129,6 +104,7 @@ def run_attempt(
     log = MetricsLog(storage, checkpointer.attempt) if world.is_first else None
 
     def emit(record: Record) -> None:
+        record = {**record, "unix_time": round(time.time(), 3)}
         if log is not None:
             log.write(record, flush=record["kind"] != "train")
         if on_record is not None:
@@ -143,8 +119,11 @@ def run_attempt(
         train(cfg, world, method, state, data, checkpointer, emit, log, supervisor, skip=skip, already_saved=saved)
         closed = True
         _emit_saved(emit, checkpointer.close())
+        # An attempt that found the run at its end has stored nothing, so nothing has told it that the run is another
+        # driver's by now, which may be going back.
+        world.on_first(checkpointer.fence)
         if world.is_first and state.position.step == cfg.steps:
-            _export_if_missing(cfg, method, state, storage, checkpointer)
+            _export_if_missing(cfg, method, state, storage)
         emit(
             {
                 "kind": "end",
@@ -178,9 +157,15 @@ def train(
     """Updates `state.position.step` .. `cfg.last_step - 1`, less those in `skip`, in place. Every rank."""
 
     def record_eval() -> None:
-        emit(evaluate(cfg, world, state, data.validation))
+        record = evaluate(cfg, world, state, data.validation)
+        if math.isfinite(record["loss"]):
+            found = HeldOut(step=record["step"], loss=record["loss"], tokens=record["tokens"])
+            state.position = replace(state.position, counters=state.position.counters.after_evaluation(found))
+        emit(record)
+        for name, rows in data.named.items():
+            emit(evaluate(cfg, world, state, rows, name=name))
 
-    def save(*, wanted: bool = False) -> None:
+    def save(*, wanted: bool = False, is_best: bool = False) -> None:
         leaving = (
             world.broadcast(supervisor.begin_save(state.position.step) if world.is_first else None)
             if wanted and supervisor
@@ -192,7 +177,7 @@ def train(
             state.model,
             state.optimizer,
             frozen,
-            needed=wanted or state.position.step == cfg.last_step,
+            needed=wanted or is_best or state.position.step == cfg.last_step,
             leaving=leaving,
             # So that a run that goes on from this checkpoint has the metrics of all steps before.
             commit_after=log.flush() if log is not None else None,
@@ -220,35 +205,30 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
-        wanted = False
+        wanted, notes = False, dict[str, float]()
         if step in skip:
             loss, grad_norm = math.nan, math.nan
             counters = _count_skipped(state.position.counters)
         else:
             # Asked of all in the reduction of the loss: a rank that hears of it a step earlier must not be alone.
             wish = supervisor is not None and supervisor.save_wanted()
-            loss, wanted = _accumulate_gradients(cfg, world, wrapped, data.train.step(step), step, wish)
-            if unchecked:
-                check_gradients(state.model)
-                unchecked = False
-            grad_norm = _clip(state.model, cfg.optimizer.grad_clip)
             # Loss and gradients are reduced: every rank sees the same numbers and takes the same branch.
-            finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            if finite:
-                state.optimizer.step()
-            # In place under DDP: a dropped gradient would be accumulated outside DDP's buckets, a second copy of all.
-            state.optimizer.zero_grad(set_to_none=world.size == 1)
-            counters = _count(cfg, state.position.counters, loss if finite else math.nan, done)
+            update, wanted = _make_update(cfg, world, method, state, wrapped, data.train.step(step), wish, unchecked)
+            unchecked = False
+            loss, grad_norm, notes = update.loss, update.grad_norm, update.notes
+            counters = _count(cfg, state.position.counters, loss if update.applied else math.nan, done)
         state.position = replace(state.position, step=done, counters=counters)
         timer.add(time.perf_counter() - began)
 
-        emit(_train_record(cfg, state, loss, grad_norm, learning_rate, timer))
+        emit(notes | _train_record(cfg, state, loss, grad_norm, learning_rate, timer))
         _emit_saved(emit, checkpointer.poll())
         _end_if_diverged(cfg, world, method, checkpointer, counters, done)
 
         if method.is_boundary(done):
-            report, record = _cross_boundary(world, method, state, done, supervisor)
+            report, record = _cross_boundary(cfg, world, method, state, data.train, done, supervisor)
             emit(record)
+            if report.updates:
+                emit({"kind": "updates", "step": done, "boundary_kind": report.kind, **updates_record(report.updates)})
             if report.new_parameters:
                 del wrapped  # with its buckets, which hold a gradient of every weight
                 gc.collect()
@@ -256,8 +236,9 @@ def train(
                 unchecked = world.size == 1
         if _eval_due(cfg, done):
             record_eval()
-        if wanted or _save_due(cfg, method, done):
-            save(wanted=wanted)
+        is_best = cfg.checkpoint.keep_best and _is_best(state.position.counters, done)
+        if wanted or is_best or _save_due(cfg, method, done):
+            save(wanted=wanted, is_best=is_best)
 
 
 def loss_on(cfg: RunConfig, world: World, model: nn.Module, batches: Iterable[MicroBatch]) -> tuple[float, int]:
@@ -275,8 +256,9 @@ def loss_on(cfg: RunConfig, world: World, model: nn.Module, batches: Iterable[Mi
     return total / tokens, int(tokens)
 
 
-def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource) -> Record:
-    """Loss per token on the first `eval_rows` validation rows: the same rows at any world size. Every rank."""
+def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchSource, *, name: str = "") -> Record:
+    """Loss per token on the first `eval_rows` validation rows: the same rows at any world size. Every rank. `name`: of
+    the set of `data.validation` that they are of; the run's own held-out rows have none."""
     began = time.perf_counter()
     per_token, tokens = loss_on(cfg, world, state.model, validation.first_rows(cfg.train.eval_rows))
     return {
@@ -286,6 +268,7 @@ def evaluate(cfg: RunConfig, world: World, state: TrainState, validation: BatchS
         "perplexity": perplexity(per_token),
         "tokens": tokens,
         "eval_s": time.perf_counter() - began,
+        **({"name": name, "data_fingerprint": cfg.data.validation_fingerprints.get(name, "")} if name else {}),
     }
 
 
@@ -352,50 +335,6 @@ def _begin_alone(cfg: RunConfig) -> str:
     return term.attempt(1)
 
 
-def open_batches(cfg: RunConfig, world: World) -> Data:
-    storage, index = data_storage(cfg), open_data(cfg)
-    by_device = cfg.train.micro_batch_rows_by_device.items()
-    micro = next((rows for name, rows in by_device if name in world.device_name), cfg.train.micro_batch_rows)
-
-    def source(split: Split, micro_batch_rows: int) -> BatchSource:
-        rows = TokenRows(storage, index, split, cfg.data.seq_len)
-        if split == "validation" and rows.num_rows < cfg.train.eval_rows and world.is_first:
-            logger.warning(
-                "train.eval_rows=%d: there are only %d validation rows, all are used",
-                cfg.train.eval_rows,
-                rows.num_rows,
-            )
-        return BatchSource(
-            rows,
-            world,
-            global_batch_rows=cfg.global_batch_rows,
-            micro_batch_rows=micro_batch_rows,
-            seed=cfg.seed,
-        )
-
-    validation = source("validation", cfg.train.eval_micro_batch_rows or micro)
-    return Data(source("train", micro), validation, index.fingerprint)
-
-
-def build_state(cfg: RunConfig, method: Method, world: World, step: int) -> TrainState:
-    """Model and optimizer with the structure they have after `step` updates; tensors are yet to be restored."""
-    model = new_model(cfg) if step == 0 else bare_model(cfg)
-    method.adapt(model, step)
-    model.to(world.device)
-    return TrainState(model, method.build_optimizer(model), Position(step=step))
-
-
-def identity_digest(cfg: RunConfig, data_fingerprint: str) -> str:
-    """Digest of all that decides the run's result: a checkpoint of another run is not gone on from.
-
-    Settings at their defaults are left out, so that a version with one more setting still knows its own runs; and so
-    are those that show in the tensors' names.
-    """
-    given = flatten(cfg.model_dump(mode="json", exclude_defaults=True)).keys() - set(STRUCTURAL) | {"method.kind"}
-    settings = {k: v for k, v in cfg.identity().items() if k in given} | {"data.fingerprint": data_fingerprint}
-    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Module:
     batch = data.train.step(state.position.step)[0]
     compiled = world.device.type == "cuda" if cfg.train.compile is None else cfg.train.compile
@@ -407,24 +346,73 @@ def _wrap(cfg: RunConfig, world: World, state: TrainState, data: Data) -> nn.Mod
     )
 
 
+def _make_update(
+    cfg: RunConfig,
+    world: World,
+    method: Method,
+    state: TrainState,
+    wrapped: nn.Module,
+    rows: list[MicroBatch],
+    wish: bool,
+    unchecked: bool,
+) -> tuple[Update, bool]:
+    """One update as the method has it; and whether any rank has a `wish`. `unchecked`: look at the gradients first."""
+    step, wanted = state.position.step, False
+
+    def backward(extra: Callable[[], torch.Tensor] | None) -> float:
+        nonlocal wanted
+        loss, wanted = _accumulate_gradients(cfg, world, wrapped, rows, step, wish, extra)
+        if unchecked:
+            check_gradients(state.model)
+        return loss
+
+    update = Update(
+        state.model,
+        state.optimizer,
+        step,
+        seed=cfg.seed,
+        world=world,
+        grad_clip=cfg.optimizer.grad_clip,
+        backward=backward,
+    )
+    method.update(update)
+    if not update.is_over:
+        raise RuntimeError(f"{type(method).__name__}.update returned without update.apply(): no weight has moved")
+    return update, wanted
+
+
 def _accumulate_gradients(
-    cfg: RunConfig, world: World, wrapped: nn.Module, batches: list[MicroBatch], step: int, wish: bool
+    cfg: RunConfig,
+    world: World,
+    wrapped: nn.Module,
+    batches: list[MicroBatch],
+    step: int,
+    wish: bool,
+    extra: Callable[[], torch.Tensor] | None = None,
 ) -> tuple[float, bool]:
-    """Gradient of the mean loss over the global batch, reduced over ranks; returns that loss, and whether any rank has
-    a `wish`.
+    """Gradient of the mean loss over the global batch, and of `extra`, reduced over ranks; returns that mean, and
+    whether any rank has a `wish`.
 
     Each micro-batch contributes its summed loss over the global number of tokens, so the gradient does not
     depend on how rows fall to micro-batches and ranks. DDP divides by the world size; the factor undoes it.
     """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for number, batch in enumerate(batches):
-        world.seed(key(cfg.seed, "dropout", step, world.rank, number))
-        with world.sync_gradients(wrapped, now=number == len(batches) - 1):
+    for number, batch in enumerate(_seeded(cfg, world, batches, step), 1):
+        last = number == len(batches)
+        with world.sync_gradients(wrapped, now=last):
             loss_sum = _loss_sum(wrapped, batch)
-            (loss_sum * (world.size / cfg.tokens_per_step)).backward()
+            loss = loss_sum * (world.size / cfg.tokens_per_step)
+            (loss + extra() if extra is not None and last else loss).backward()
         total += loss_sum.detach()
     total_loss, wishes = world.sum(float(total), float(wish))
     return total_loss / cfg.tokens_per_step, wishes > 0
+
+
+def _seeded(cfg: RunConfig, world: World, batches: list[MicroBatch], step: int) -> Iterator[MicroBatch]:
+    """Each when it is its turn, with the random numbers for its dropout."""
+    for number, batch in enumerate(batches):
+        world.seed(key(cfg.seed, "dropout", step, world.rank, number))
+        yield batch
 
 
 def _loss_sum(loss: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -433,10 +421,37 @@ def _loss_sum(loss: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return total
 
 
-def _clip(model: nn.Module, grad_clip: float) -> float:
-    """Clip in place; returns the global norm before."""
-    limit = grad_clip or math.inf
-    return float(torch.nn.utils.clip_grad_norm_(trainable(model), limit))
+def _gradient_of(
+    cfg: RunConfig,
+    world: World,
+    model: nn.Module,
+    batches: list[MicroBatch],
+    step: int,
+    tensors: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """What `Boundary.gradient` gives, by the rows of update `step`."""
+    were = [tensor.requires_grad for tensor in tensors]
+    sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
+    loss = TokenLoss(model, cfg.train)
+    try:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        for batch in _seeded(cfg, world, batches, step):
+            mean = _loss_sum(loss, batch) / cfg.tokens_per_step
+            found = torch.autograd.grad(mean, list(tensors), allow_unused=True)
+            for tensor, total, gradient in zip(tensors, sums, found, strict=True):
+                if gradient is None:
+                    name = next((name for name, p in model.named_parameters() if p is tensor), "a tensor")
+                    raise RuntimeError(
+                        f"no gradient reaches {name}: it is not what its layer computes with, as W is not where "
+                        f"adapters are added to it. Ask before they are put in, or of the layer's output."
+                    )
+                total += gradient
+    finally:
+        for tensor, was in zip(tensors, were, strict=True):
+            tensor.requires_grad_(was)
+    world.sum_(sums)
+    return sums
 
 
 def _count(cfg: RunConfig, counters: Counters, loss: float, done: int) -> Counters:
@@ -488,7 +503,13 @@ def _count_skipped(counters: Counters) -> Counters:
 
 
 def _cross_boundary(
-    world: World, method: Method, state: TrainState, done: int, supervisor: Supervisor | None
+    cfg: RunConfig,
+    world: World,
+    method: Method,
+    state: TrainState,
+    rows: BatchSource,
+    done: int,
+    supervisor: Supervisor | None,
 ) -> tuple[BoundaryReport, Record]:
     """Do the boundary after `done` updates and see that every rank comes to it and out of it with the same weights."""
     began = time.perf_counter()
@@ -500,7 +521,16 @@ def _cross_boundary(
             supervisor.agree(when, done, value)
 
     agree("before", digest(trainable(state.model)))  # what is wrong must not reach the weights for good
-    report = method.on_boundary(state.model, state.optimizer, done)
+    report = method.on_boundary(
+        Boundary(
+            state.model,
+            state.optimizer,
+            done,
+            seed=cfg.seed,
+            world=world,
+            gradient=lambda tensors: _gradient_of(cfg, world, state.model, rows.step(done - 1), done - 1, tensors),
+        )
+    )
     state.optimizer = report.optimizer
     value = digest(list(state.model.state_dict().values()))
     agree("after", value)
@@ -516,9 +546,7 @@ def _cross_boundary(
         "state_pruned": report.state_pruned,
         "digest": value,
         "merges": counters.merges,
-        "num_parameters": num_parameters(state.model),
-        "num_trainable": num_parameters(state.model, trainable_only=True),
-        "state_bytes": state_bytes(state.model, state.optimizer),
+        **structure_record(state),
         "new_parameters": report.new_parameters,
         "boundary_s": time.perf_counter() - began,
     }
@@ -527,6 +555,10 @@ def _cross_boundary(
 def _eval_due(cfg: RunConfig, done: int) -> bool:
     every = cfg.train.eval_every_steps
     return done in (cfg.warm_start_steps, cfg.last_step) or bool(every and done % every == 0)
+
+
+def _is_best(counters: Counters, done: int) -> bool:
+    return counters.best is not None and counters.best.step == done
 
 
 def _save_due(cfg: RunConfig, method: Method, done: int) -> bool:
@@ -552,14 +584,15 @@ def _emit_saved(emit: OnRecord, results: list[Saved]) -> None:
         )
 
 
-def _export_if_missing(
-    cfg: RunConfig, method: Method, state: TrainState, storage: Storage, checkpointer: Checkpointer
-) -> None:
+def _export_if_missing(cfg: RunConfig, method: Method, state: TrainState, storage: Storage) -> None:
     """The last checkpoint is committed, so whoever exports it, however late, writes the same bytes."""
     out = storage.child(MODEL)
-    if not out.exists("config.json"):
-        checkpointer.fence()
-        export_model(find_setting(storage), cfg, state.model, method.dense_state_dict(state.model), out)
+    if cfg.method.exports and not out.exists("config.json"):
+        history = read_history(storage)
+        setting, path = find_setting(storage, history), history.path_at(state.position.step)
+        assert path is not None, "it is committed"
+        card = model_card(cfg, history.read(path), setting.data_index(), dtype="float32")
+        export_model(setting, cfg, state.model, method.dense_state_dict(state.model), out, card=card)
 
 
 def _train_record(
@@ -593,8 +626,6 @@ def _attempt_record(cfg: RunConfig, state: TrainState, checkpointer: Checkpointe
         "attempt": checkpointer.attempt,
         "world_size": world.size,
         "device": str(world.device),
-        "num_parameters": num_parameters(state.model),
-        "num_trainable": num_parameters(state.model, trainable_only=True),
-        "state_bytes": state_bytes(state.model, state.optimizer),
-        "unix_time": time.time(),
+        "device_name": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "",
+        **structure_record(state),
     }

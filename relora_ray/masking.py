@@ -28,7 +28,7 @@ LITERAL_OPTIONS = frozenset([
 REFERENCE = re.compile(r"\$(\w+|\{\w+\})")
 """An option that names the environment variable which holds its value."""
 
-_VARIABLES = re.compile(r"^(AWS|AZURE|GOOGLE|GCS)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION_STRING)$")
+_VARIABLES = re.compile(r"^(AWS|AZURE|GOOGLE|GCS|WANDB|MLFLOW)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION_STRING)$")
 _known: set[str] = set()
 
 

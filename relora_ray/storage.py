@@ -22,10 +22,12 @@ import os
 import platform
 import random
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -127,6 +129,16 @@ class Storage:
         else:
             self._guard("write", path, lambda: self._call("pipe_file", self._at(path), data), len(data))
 
+    def put_file(self, path: str, source: str) -> None:
+        """Write a whole object, replacing any other, with the content of a file on this machine: of any size, as it is
+        never in memory as a whole."""
+        size = os.path.getsize(source)
+        if self.is_local:
+            self._guard("write", path, lambda: self._put_local(path, Path(source), os.replace), size)
+        else:
+            send = {"num_bytes": size}
+            self._guard("write", path, lambda: self._call("put_file", source, self._at(path), **send), size)
+
     def put_new(self, path: str, data: bytes) -> None:
         """Write a whole object that must not exist yet; FileExistsError if it does.
 
@@ -210,6 +222,19 @@ class Storage:
                 f"Nothing of ours wrote it: see who else can write there."
             )
         return data
+
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of an object that has so many: what a growing one has more than before. StorageError
+        (`missing`) if there is none."""
+
+        def read() -> bytes:
+            if self.is_local:
+                with open(self._at(path), "rb") as file:
+                    file.seek(start)
+                    return file.read(end - start)
+            return bytes(self._call("cat_file", self._at(path), start=start, end=end))
+
+        return self._guard("read", path, read) if end > start else b""
 
     def _names(self, path: str) -> builtins.list[str]:
         with contextlib.suppress(OSError):
@@ -336,11 +361,11 @@ class Storage:
                     return
         to.put(to_path, self.get(path))
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, name: str, *args: Any, num_bytes: int = 0, **kwargs: Any) -> Any:
         """A method of the file system, within a time in which it can be done: aiohttp may wait for ever to be allowed
-        to send a body. (Read time-outs begin when it is sent.)"""
+        to send a body. (Read time-outs begin when it is sent.) `num_bytes`: those sent that are not in `args`."""
         if getattr(self._fs, "async_impl", False):
-            num_bytes = sum(len(arg) for arg in args if isinstance(arg, bytes))
+            num_bytes += sum(len(arg) for arg in args if isinstance(arg, bytes))
             kwargs["timeout"] = self._call_s + num_bytes / _SLOWEST_BYTES_PER_S
         return getattr(self._fs, name)(*args, **kwargs)
 
@@ -353,13 +378,17 @@ class Storage:
         root = self.url if self.is_local else self._root
         return f"{root}/{path}" if path else root
 
-    def _put_local(self, path: str, data: bytes, publish: Callable[[str, str], None]) -> None:
+    def _put_local(self, path: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
         target = self._at(path)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = os.path.join(os.path.dirname(target), f"{_TEMPORARY}{uuid.uuid4().hex}")
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                if isinstance(data, Path):
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, file, 2**24)
+                else:
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             publish(temporary, target)

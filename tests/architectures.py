@@ -19,24 +19,18 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from relora_ray.architecture import hf_config, position_limit, read_architecture
-from relora_ray.config import ModelConfig, ReloraConfig, RunConfig
+from relora_ray.config import ModelConfig, RunConfig
 from relora_ray.errors import ConfigError
-from relora_ray.hf_export import export_config, write_hf_folder
-from relora_ray.methods.lowrank import (
-    LowRankStack,
-    folded_state_dict,
-    low_rank_layers,
-    merge_all_,
-    redraw_all_,
-    refresh_all_,
-    wrap_,
-)
-from relora_ray.model import build_model, check_causal
-from relora_ray.optim import build_adamw
-from relora_ray.small import small_config
-from relora_ray.trial import LONG, TOKENS, check_gradients, check_loss, mean_loss, trial_ids
-from relora_ray.weights import check_weights, load_weights
+from relora_ray.methods.adapter import merge_all_, redraw_all_, refresh_all_
+from relora_ray.methods.lowrank.config import ReloraConfig
+from relora_ray.methods.lowrank.layer import LowRankStack, folded_state_dict, low_rank_layers, wrap_
+from relora_ray.modeling.architecture import hf_config, position_limit, read_architecture
+from relora_ray.modeling.hf_export import export_config, write_hf_folder
+from relora_ray.modeling.model import build_model, check_causal
+from relora_ray.modeling.optim import build_adamw
+from relora_ray.modeling.small import small_config
+from relora_ray.modeling.weights import check_weights, load_weights
+from relora_ray.runs.trial import LONG, TOKENS, check_gradients, check_loss, mean_loss, trial_ids
 from tests.tiny import tiny_config
 
 INCOMPLETE: dict[str, dict[str, Any]] = {
@@ -126,9 +120,9 @@ def examine(model_type: str, folder: Path) -> Found:
         folder, folder, "method.lora_rank=2", "method.alpha=4", "optimizer.learning_rate=1e-3",
         f"data.seq_len={TOKENS}", model={"huggingface": str(folder / "config")},
     )  # fmt: skip
-    found, ids = Found(), trial_ids(LONG if model_type in LONG_ROWS else TOKENS)
     plain = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed)
-    check_causal(plain, trial_ids(min(LONG, (position_limit(config.get_text_config()) or LONG) - 8))[:1, :-1])
+    found, ids = Found(), trial_ids(plain, LONG if model_type in LONG_ROWS else TOKENS)
+    check_causal(plain, trial_ids(plain, min(LONG, (position_limit(config.get_text_config()) or LONG) - 8))[:1, :-1])
     check_loss(plain, cfg, ids)
     found.frozen = _asked_for(plain, "model.frozen")
     model_cfg = cfg.model.model_copy(update={"frozen": tuple(found.frozen)})

@@ -3,7 +3,6 @@ that has. What a process of its own matters for (signals, a Ray, what is importe
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -11,20 +10,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from relora_ray.conformance import processes  # says what the server imports
+from relora_ray.conformance.processes import _context as forkserver
 
 ROOT = Path(__file__).parent.parent
 
 
 def command(module: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """`python -m module args`, in the repository's root."""
-    assert processes
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         texts = [str(arg) for arg in args]
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_main, args=(module, texts, str(out), str(err), dict(os.environ))
-        )
+        process = forkserver.Process(target=_main, args=(module, texts, str(out), str(err), dict(os.environ)))
         process.start()
         process.join()
         code = process.exitcode

@@ -30,14 +30,19 @@ FIRST = ("runtime", "test_kills", "conformance", "test_cli")
 
 SLOW = (
     "conformance", "data/test_claim", "runtime/test_autoscaling", "runtime/test_elastic.py", "runtime/test_faults",
+    "runtime/test_gauges", "test_tracking", "is_found_when_it_is_installed",
     "runtime/test_jobs", "runtime/test_meeting", "runtime/test_notice", "runtime/test_sweep", "runtime/test_train",
-    "runtime/test_launch_errors", "simulation", "on_a_server",
-    "test_ranks_store_it_once", "test_two_ranks_are_told_too",
-    "test_ablations", "test_cli", "test_cluster_files", "test_commands_between", "test_compiled", "test_contract",
-    "test_core_trains_with_ray_not_installed", "test_distributed", "test_golden", "test_kills", "test_playground",
-    "test_remote_runs", "test_rollback", "test_storage", "test_throughput", "test_two_drivers", "test_architectures",
+    "runtime/test_launch_errors", "simulation", "on_a_server", "test_ranks_store_it_once",
+    "test_two_ranks_are_told_too", "on_several_ranks", "spread_over_ranks", "test_elsewhere", "test_a_merge_compiles",
+    "test_ablations", "test_checkpoints.py", "test_cli", "test_cluster_files", "test_commands_between", "test_compiled",
+    "test_contract", "test_core_trains_with_ray_not_installed", "test_distributed", "test_fork", "test_golden",
+    "test_hf_export", "test_kills", "test_playground", "test_second_looks", "test_stop_wins_over_all", "test_trial",
+    "test_weights", "test_remote_runs", "test_rollback", "test_storage", "test_throughput", "test_two_drivers",
+    "test_architecture", "test_large_vocabularies", "read_at_any_world_size", "test_errors_keep_their_class",
+    "test_cluster_of_ray_address", "test_several_epochs", "test_page_in_browser", "test_a_long_run_is_drawn",
+    "test_harness", "are_ray_tasks", "planning/test_count", "test_plan.py",
 )  # fmt: skip
-"""Clusters, servers, several processes, and all that takes minutes: `make check` does without."""
+"""Clusters, servers, several processes, other architectures, and all that takes minutes: `make check` does without."""
 
 ROOT = Path(__file__).parent.parent
 AUSTEN = ROOT / "configs/quickstart/austen.txt.bz2"

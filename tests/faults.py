@@ -70,8 +70,8 @@ def train_with_faults(*args: Any) -> None:
 
     from relora_ray import loop
     from relora_ray.checkpoint import checkpointer
-    from relora_ray.methods import relora
-    from relora_ray.parallel import World
+    from relora_ray.methods.lowrank import relora
+    from relora_ray.modeling.parallel import World
     from relora_ray.runtime import trainer
     from relora_ray.storage import Storage
 

@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import yaml
 
-from relora_ray.ablations import (
+from relora_ray.data.loader import BatchSource
+from relora_ray.data.tokens import TokenRows, read_index
+from relora_ray.errors import ConfigError, DataError
+from relora_ray.modeling.parallel import World
+from relora_ray.storage import Storage
+from relora_ray.study.ablations import (
     Point,
     Results,
     RowResults,
     Table,
     collect,
     identity,
-    interval,
     load_table,
     run_table,
     write_up,
 )
-from relora_ray.data.loader import BatchSource
-from relora_ray.data.tokens import TokenRows, read_index
-from relora_ray.errors import ConfigError, DataError
-from relora_ray.parallel import World
-from relora_ray.storage import Storage
+from relora_ray.study.paired import interval
 from tests.conftest import ROOT
 from tests.tiny import TINY
 
@@ -167,7 +167,7 @@ def test_warm_start_has_one_learning_rate_at_every_grid_point(table: Path) -> No
     loaded = load_table(str(table))
     for point in loaded.points(loaded.rows[2]):
         cfg = loaded.config(loaded.rows[2], point | {"optimizer.learning_rate": 4e-2}, 1, [])
-        assert cfg.optimizer.learning_rate * cfg.method.warm_start_lr_ratio == pytest.approx(5e-3)
+        assert cfg.optimizer.learning_rate * cfg.warm_start_lr_ratio == pytest.approx(5e-3)
 
 
 def test_records_are_kept_apart_by_all_that_decides_them(table: Path) -> None:

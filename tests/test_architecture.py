@@ -12,22 +12,25 @@ import torch
 import transformers
 import yaml
 
-from relora_ray import ablations, runs
-from relora_ray.architecture import hf_config, read_architecture
 from relora_ray.checkpoint import list_manifests
-from relora_ray.checkpoints import copy
+from relora_ray.commands.checkpoints import copy
+from relora_ray.commands.export import export
 from relora_ray.config import ModelConfig, RunConfig
 from relora_ray.errors import CheckpointError, ConfigError
-from relora_ray.export import export
-from relora_ray.fork import fork, warm_start_digest
 from relora_ray.loop import identity_digest
-from relora_ray.model import build_model, embedding_rows
-from relora_ray.runs import check_run, find_setting, load_trained, run_storage
-from relora_ray.runtime.driver import preflight
+from relora_ray.modeling.architecture import Architecture, hf_config, read_architecture
+from relora_ray.modeling.model import build_model, embedding_rows
+from relora_ray.modeling.small import small_config
+from relora_ray.runs import setting
+from relora_ray.runs.fork import fork, warm_start_digest
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import load_trained
+from relora_ray.runs.setting import check_run, find_setting
+from relora_ray.runtime.preflight import preflight
 from relora_ray.runtime.sweep import _decisive, _goes_by_place, _refuse_another, check_sweep, first_run
-from relora_ray.small import small_config
-from relora_ray.spectrum import run_spectrum
 from relora_ray.storage import Storage
+from relora_ray.study import ablations
+from relora_ray.study.spectrum import run_spectrum
 from relora_ray.sweep.space import load_sweep
 from tests.tiny import TINY, Crash, crash_at, losses, run, state_digest, tiny_config
 
@@ -147,7 +150,7 @@ def test_hub_name_is_looked_up_once(hf: RunConfig, folder: Path, monkeypatch: py
         return known
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lookup)
-    monkeypatch.setattr("relora_ray.architecture.missing", lambda name: "")
+    monkeypatch.setattr("relora_ray.modeling.architecture.missing", lambda name: "")
     named = at(hf, huggingface="org/model")
     begun(named)
     assert set(asked) == {"org/model"}
@@ -161,7 +164,7 @@ def test_hub_name_is_looked_up_once(hf: RunConfig, folder: Path, monkeypatch: py
 def test_run_of_a_version_that_went_by_the_place_goes_on(
     hf: RunConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_with_architecture", lambda cfg, known: cfg)
+    monkeypatch.setattr(setting, "_with_architecture", lambda cfg, known: cfg)
     begun(hf)
     monkeypatch.undo()
     assert not find_setting(run_storage(hf)).place.exists("architecture.json")
@@ -240,7 +243,7 @@ def test_vocabulary_reaches_the_table_for_each_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.Gemma3Config(text_config=SIZES | {"max_position_embeddings": 16}),
+        transformers.Gemma3Config(text_config=SIZES | {"max_position_embeddings": 16, "num_key_value_heads": 2}),
         transformers.GPT2Config(n_positions=16),
         transformers.MptConfig(max_seq_len=16),
         transformers.BartConfig(max_position_embeddings=16),
@@ -264,7 +267,7 @@ def test_stored_content_is_all_that_a_model_needs() -> None:
             config = transformers.CONFIG_MAPPING[kind]()
         except Exception:  # one that has none
             continue
-        architecture = runs.Architecture(json.loads(json.dumps(config.to_dict())))
+        architecture = Architecture(json.loads(json.dumps(config.to_dict())))
         if kind not in unstable:
             assert architecture.differences(architecture) == []
             again = json.loads(json.dumps(architecture.hf_config().to_dict()))

@@ -12,15 +12,17 @@ from threading import Lock
 
 import pytest
 
-from relora_ray import checkpoints
-from relora_ray.checkpoint import list_manifests, ownership, read_manifest
+from relora_ray.checkpoint import list_manifests, ownership, parts, read_manifest
 from relora_ray.checkpoint.manifest import Part, StoredObject
 from relora_ray.checkpoint.ownership import Life, claim
+from relora_ray.commands import checkpoints
+from relora_ray.commands.export import export
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
-from relora_ray.export import export
-from relora_ray.fork import fork
-from relora_ray.runs import Setting, check_run, export_model, find_setting, load_trained, read_config, run_storage
+from relora_ray.runs.fork import fork
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import export_model, load_trained
+from relora_ray.runs.setting import Setting, check_run, find_setting, read_config
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, Server
 from tests.tiny import losses, run, state_digest, tiny_config
@@ -165,19 +167,19 @@ def test_checkpoint_that_is_removed_while_it_is_read_is_not_called_damaged(
 ) -> None:
     """The run's retention takes what is being read."""
     run(cfg)
-    storage, original, keep_last, lock = run_storage(cfg), checkpoints.read_checked, {"delta": 0}, Lock()
+    storage, original, keep_last, lock = run_storage(cfg), parts.read_checked, {"delta": 0}, Lock()
 
     def read_late(run: Storage, part: Part, stored: StoredObject) -> bytes:
         with lock:
             number = keep_last["delta"] if part.folder.startswith(late) else 0
             if number:
                 keep_last["delta"] = 0
-                monkeypatch.setattr(checkpoints, "read_checked", original)  # pruning reads, too
+                monkeypatch.setattr(parts, "read_checked", original)  # pruning reads, too
                 list(checkpoints.prune(storage, keep_last=number, keep_every_steps=0, dry_run=False))
-                monkeypatch.setattr(checkpoints, "read_checked", read_late)
+                monkeypatch.setattr(parts, "read_checked", read_late)
         return original(run, part, stored)
 
-    monkeypatch.setattr(checkpoints, "read_checked", read_late)
+    monkeypatch.setattr(parts, "read_checked", read_late)
     late, keep_last["delta"] = "delta/step-00000004", 3
     assert list(checkpoints.verify(storage, None)) == [(step, "") for step in (0, 2, 3, 9, 10, 12)]
     late, keep_last["delta"] = "delta/step-00000010", 1

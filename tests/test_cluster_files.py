@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -36,6 +35,9 @@ VALUES = {
     "VM_IMAGE": "projects/p/global/images/i", "SPOT_LABEL": "cloud.example/spot", "SPOT_VALUE": "true",
     "SIZE": "250m", "STORAGE": "s3://bucket/runs", "DATA": "s3://bucket/data",
 }  # fmt: skip
+
+
+INSTALLED = {canonicalize_name(found.name): found for found in metadata.distributions()}
 
 
 def filled(path: Path) -> str:
@@ -529,33 +531,36 @@ def test_dockerfile_is_linted() -> None:
     assert [value for name, value in instructions() if name == "USER"] == ["1000"]
 
 
-def lend(environment: Path, *needed: str) -> None:
-    """Link what is installed here of what these need into a virtual environment, so that it is not unpacked again: pip
-    takes what is there and is what it would install, and fetches the rest."""
-    (site,) = environment.glob("lib/python3*/site-packages")
-    lent: set[tuple[str, str]] = set()
+def needed_here(*needed: str) -> set[str]:
+    """Names of what is installed here of what these need."""
+    known: set[tuple[str, str]] = set()
     todo = [(requirement, "") for requirement in map(Requirement, needed)]
     while todo:
         requirement, extra = todo.pop()
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         name = canonicalize_name(requirement.name)
-        for wanted in {"", *requirement.extras} - {extra for known, extra in lent if known == name}:
-            lent.add((name, wanted))
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                todo += [(Requirement(text), wanted) for text in metadata.requires(name) or ()]
-    for name in {name for name, _ in lent} - {"relora-ray"}:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found = metadata.distribution(name)
-            for file in found.files or ():
-                source, target = Path(str(found.locate_file(file))), site / file
-                if file.parts[0] == "..":  # a command, which begins with the path of this environment's Python
-                    target = environment / "bin" / file.name
-                    target.write_bytes(source.read_bytes().replace(sys.prefix.encode(), str(environment).encode()))
-                    target.chmod(0o755)
-                elif source.exists() and not target.exists():  # some packages have files of one name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    link(source, target)
+        for wanted in {(name, ""), *((name, extra) for extra in requirement.extras)} - known:
+            known.add(wanted)
+            found = INSTALLED.get(name)
+            todo += [(Requirement(text), wanted[1]) for text in (found.requires if found else None) or ()]
+    return {name for name, _ in known} & INSTALLED.keys()
+
+
+def lend(environment: Path, names: set[str]) -> None:
+    """Link packages that are installed here into a virtual environment, so that they are not unpacked again: pip takes
+    what is there and is what it would install, and fetches the rest."""
+    (site,) = environment.glob("lib/python3*/site-packages")
+    files = [file for name in names for file in INSTALLED[name].files or ()]
+    for file in files:
+        source, target = Path(str(file.locate())), site / file
+        if file.parts[0] == "..":  # a command, which begins with the path of this environment's Python
+            target = environment / "bin" / file.name
+            target.write_bytes(source.read_bytes().replace(sys.prefix.encode(), str(environment).encode()))
+            target.chmod(0o755)
+        elif source.exists() and not target.exists():  # some packages have files of one name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link(source, target)
 
 
 def link(source: Path, target: Path) -> None:
@@ -570,7 +575,7 @@ def test_dockerfiles_commands_install_what_a_job_needs(tmp_path: Path) -> None:
     of the packages here; apt and the user are the image's."""
     venv.create(tmp_path / "venv", with_pip=True)
     (extras,) = re.findall(r"\.(\[[a-z,]+\])", (CLUSTER / "Dockerfile").read_text())
-    lend(tmp_path / "venv", "torch", f"relora-ray{extras}")
+    lend(tmp_path / "venv", needed_here("torch", f"relora-ray{extras}") - {"relora-ray"})
     build, bin_folder = tmp_path / "build", tmp_path / "venv/bin"
     build.mkdir()
     script = ["set -eu", f"cd {build}"]
@@ -592,6 +597,12 @@ def test_dockerfiles_commands_install_what_a_job_needs(tmp_path: Path) -> None:
         ["ray", "--version"],
         ["python", "-c", providers],
         ["python", "-m", "relora_ray.launch", "--help"],
+        ["relora-ray", "--version"],
+        ["relora-ray", "configs", "quickstart", "mine.yaml"],
     ):
         done = subprocess.run([bin_folder / command[0], *command[1:]], cwd=tmp_path, env=env, capture_output=True)
         assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "mine.yaml").read_bytes() == (ROOT / "configs/quickstart.yaml").read_bytes()
+    told = subprocess.run([bin_folder / "relora-ray", "configs", "--path"], env=env, capture_output=True, text=True)
+    assert Path(told.stdout.strip(), "quickstart/austen.txt.bz2").is_file()
+    assert Path(told.stdout.strip()).parent.parent.name == "site-packages", "from the wheel, not from the checkout"

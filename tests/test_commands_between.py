@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 
-from relora_ray import fork as forks
-from relora_ray.checkpoint import Rollback, commit, list_manifests, read_history, read_manifest
+from relora_ray.checkpoint import Rollback, commit, list_manifests, owner, read_history, read_manifest
 from relora_ray.checkpoint.commit import rollback_path
 from relora_ray.checkpoint.history import Removal, pin, pin_base_only, read_pins, removal_path, removals_text
 from relora_ray.checkpoint.ownership import Term, claim
-from relora_ray.checkpoints import copy, delete, own, prune, verify
+from relora_ray.commands.checkpoints import copy, delete, own, prune, verify
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
-from relora_ray.fork import fork
-from relora_ray.rollback import read_rollbacks, where_to_go_on
-from relora_ray.runs import run_storage
-from relora_ray.runtime import owner
+from relora_ray.runs import fork as forks
+from relora_ray.runs.fork import fork
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.rollback import read_rollbacks, where_to_go_on
 from relora_ray.storage import Storage
 from tests.tiny import run, tiny_config
 

@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from relora_ray.config_file import load_config, parse_config, parse_mapping, to_yaml
+from relora_ray.config.file import load_config, parse_config, parse_mapping, to_yaml
+from relora_ray.config.sizes import LLAMA_SIZES
 from relora_ray.errors import ConfigError
-from relora_ray.sizes import LLAMA_SIZES
-from tests.tiny import TINY
+from tests.tiny import TINY, tiny_config
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs/quickstart.yaml"
@@ -70,7 +71,7 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["method.reset.knd=zero"], ["unknown key method.reset.knd", "Did you mean 'kind'?"]),
         (["method.kind=rellora"], ["method.kind='rellora'", "Did you mean 'relora'?"]),
         (["model.size=61m"], ["model.size='61m'", "Did you mean '60m'?"]),
-        (["steps=many"], ["steps='many'", "valid integer", "Optimizer updates in the whole run"]),
+        (["steps=many"], ["steps='many'", "whole number", "Optimizer updates in the whole run"]),
         (["optimizer.learning_rate=-1"], ["optimizer.learning_rate=-1", "greater than 0"]),
         (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate=nan", "finite"]),
         (["method.reset.ratio=1.5"], ["method.reset.ratio=1.5", "less than 1"]),
@@ -79,7 +80,7 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["method.target_modules=[]"], ["method.target_modules=[]", "must name at least one layer"]),
         (["method.target_modules=q_proj"], ["method.target_modules='q_proj' must be all-linear or a list of names"]),
         (["method.target_modules=[q_proj,q_proj]"], ["each once"]),
-        (["steps=13:20"], ["steps='13:20'", "valid integer"]),
+        (["steps=13:20"], ["steps='13:20'", "whole number"]),
         (["steps=true"], ["steps=True is neither a number"]),
         (["optimizer.learning_rate=true"], ["optimizer.learning_rate=True is neither"]),
         (["data.path=s3:/bucket"], ["data.path='s3:/bucket' is half a URL"]),
@@ -93,8 +94,42 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["method.warm_start_steps=0", "method.warm_start_lr_ratio=0.5"], ["method.warm_start_lr_ratio=0.5 has no"]),
         (["method.reset={ratio: 0.5}"], ["method.reset.ratio=0.5 has no effect with method.reset.kind=zero"]),
         (["checkpoint.keep_every_steps=5"], ["checkpoint.keep_every_steps=5 is not a multiple"]),
-        (["cluster.gpus_per_worker=2"], ["cluster.gpus_per_worker=2", "less than or equal to 1"]),
-        (["method.kind=full"], ["It belongs to kind relora: give the whole section"]),
+        (["cluster.gpus_per_worker=2"], ["cluster.gpus_per_worker=2", "at most 1"]),
+        (["method.kind=full"], ["method.kind=full has none. Use schedule.kind=cosine ~schedule.restart_warmup_steps"]),
+        (["method.kind=full", "method.alpha=3"], ["unknown key method.alpha=3.", "It belongs to kind galore and lora"]),
+        (["method.rank=4"], ["unknown key method.rank=4.", "The rank is method.lora_rank of lora and relora"]),
+        (["lora_rank=8"], ["unknown key lora_rank=8. It is method.lora_rank."]),
+        (["learning_rte=8"], ["unknown key learning_rte=8. Did you mean 'optimizer.learning_rate'?"]),
+        (["schedule.merge_every_steps=3"], ["It is method.merge_every_steps."]),
+        (["lr=1e-3"], ["unknown key lr=0.001. The learning rate is optimizer.learning_rate."]),
+        (["optimizer.lr=1e-3"], ["unknown key optimizer.lr=0.001. The learning rate is optimizer.learning_rate."]),
+        (["batch_size=8"], ["unknown key batch_size=8. Rows per update over all workers are global_batch_rows"]),
+        (["num_workers=8"], ["unknown key num_workers=8. The number of training processes is cluster.workers."]),
+        (["use_gpu=true"], ["unknown key use_gpu=True. Training on GPUs is cluster.gpus_per_worker=1."]),
+        (["epochs=3"], ["unknown key epochs=3. The length of a run is steps, in updates, or tokens."]),
+        (["model.size=125m"], ["model.size='125m'", "Did you mean '130m'?"]),
+        (["model.size=1.3B"], ["Did you mean '1b'?"]),
+        (["schedule.kind=cosin"], ["must be one of constant, linear, cosine, ", "Did you mean 'cosine'?"]),
+        (["method.lora_rank=x"], ["method.lora_rank='x' must be a whole number."]),
+        (["train.skip_steps=5"], ["train.skip_steps=5 must be a list."]),
+        (["cluster=2"], ["cluster=2 must be a section of keys and values."]),
+        (["~method.alhpa"], ["override ~method.alhpa drops nothing", "Did you mean 'method.alpha'?"]),
+        (["~method.alpha=2"], ["~key drops a key, and takes no value"]),
+        (["~steps"], ["steps is missing: it has no default"]),
+        (["method.warm_start=0.25"], ["method.warm_start=0.25 is no share: write method.warm_start: 25%."]),
+        (["method.warm_start=3"], ["A number of updates is method.warm_start_steps=3."]),
+        (["method.warm_start=100%"], ["method.warm_start='100%' is no share", "above 0 and below 100"]),
+        (
+            ["schedule.warmup_steps=5%"],
+            ["is a share, and this key is a number of updates. Write it as schedule.warmup: 5%"],
+        ),
+        (
+            ["method.cycles=2"],
+            ["method.cycles=2 does not divide the 9 updates", "Use steps=11 or 13, cycles=1 or 3, or a"],
+        ),
+        (["method.cycles=0"], ["method.cycles=0 is no number of cycles"]),
+        (["steps=3", "method.cycles=3", "method.warm_start=25%"], ["does not fit steps=3", "Use steps=4 or more"]),
+        (["steps=3", "method.warm_start=25%"], ["not one cycle is left. Use steps=4 or more"]),
         (["method.merge_every_steps=4"], ["cycles end at 11 and 15", "not at steps=12", "use steps=11"]),
         (["method.merge_every_steps={0: 3, 6: 4}"], ["cycles end at 10 and 14", "not at steps=12", "use steps=10"]),
         (["method.merge_every_steps={0: 3, 7: 1}"], ["changes at step 7, where no cycle begins", "at 6 and 9."]),
@@ -155,7 +190,7 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["secret=hunter2"], ["unknown key secret=***"]),
         (["sas=hunter2"], ["unknown key sas=***"]),
         (["storage_optons.secret=hunter2"], ["unknown key storage_optons=***", "Did you mean 'storage_options'?"]),
-        (["storage={secret: hunter2}"], ["storage=***: input should be a valid string"]),
+        (["storage={secret: hunter2}"], ["storage=*** must be text"]),
         (["storage_options.secret=[hunter2"], ["override storage_options.secret=...: the value is not valid YAML"]),
         (["storage_options.secret=*hunter2"], ["override storage_options.secret=...: the value is not valid YAML"]),
         (["seed.secret=hunter2"], ["override seed.secret=...: 'seed' is a value, not a section"]),
@@ -239,7 +274,7 @@ def test_override_without_a_value_is_refused(item: str) -> None:
 def test_section_without_lines_has_its_defaults_and_a_key_without_a_value_is_refused() -> None:
     text = QUICKSTART.read_text().replace("storage: runs\n", "")
     assert parse_config(text + "\nstorage_options:\n") == parse_config(text)
-    with pytest.raises(ConfigError, match="storage=None: input should be a valid string"):
+    with pytest.raises(ConfigError, match="storage=None must be text"):
         parse_config(text + "\nstorage:\n")
 
 
@@ -303,9 +338,74 @@ def test_rank_is_held_against_the_named_layers() -> None:
     parse_config(TINY, [*narrow, "method.target_modules=[q_proj, o_proj]"])
 
 
-def test_method_without_merges_takes_no_merge_keys() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key method\.merge_every_steps=3"):
-        parse_config(TINY, ["method.kind=lora"])
+def test_another_kind_keeps_what_both_have_and_says_what_it_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    plain = ["schedule.kind=cosine", "~schedule.restart_warmup_steps"]
+    lora = parse_config(TINY, ["method.kind=lora", *plain])
+    assert (lora.method.kind, lora.warm_start_steps) == ("lora", 3)
+    assert lora.settings()["method.alpha"] == 8
+    assert "method.kind=lora: dropped what belongs to the kind before, method.merge_every_steps=3." in caplog.text
+    galore = parse_config(TINY, ["method.rank=4", "method.kind=galore", *plain])
+    assert galore.settings()["method.alpha"] == 0.25, "LoRA's alpha means something else"
+    assert galore.settings()["method.rank"] == 4
+    with pytest.raises(ConfigError, match=r"unknown key method\.merge_every_steps=4"):
+        parse_config(TINY, ["method.merge_every_steps=4", "method.kind=lora", *plain])
+
+
+def test_tilde_drops_a_key_to_its_default() -> None:
+    assert parse_config(TINY, ["~method.alpha"]).settings()["method.alpha"] == 32
+    assert parse_config(TINY, ["~optimizer.weight_decay", "~checkpoint.keep_last"]).checkpoint.keep_last == 3
+    without = parse_config(TINY, ["~schedule", "method={kind: full}"])
+    assert without.schedule.warmup_steps == 0
+    assert parse_config(TINY, ["~steps", "tokens=1728"]).steps == 12
+
+
+SHARES = TINY.replace("warm_start_steps: 3, merge_every_steps: 3", "warm_start: 25%, cycles: 3").replace(
+    "warmup_steps: 1, restart_warmup_steps: 1", "warmup: 5%, restart_warmup: 10%"
+).replace("save_every_steps: 2", "save_every: 12.5%")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warm", "ends", "rest"),
+    [
+        (["steps=400"], 100, (200, 300, 400), (20, 10, 50)),
+        (["steps=402"], 99, (200, 301, 402), (20, 10, 50)),  # 99 and 102 are as near to 100.5: the longer cycles
+        (["steps=401"], 101, (201, 301, 401), (20, 10, 50)),  # 101 is nearer to 100.25 than 98
+        (["steps=12"], 3, (6, 9, 12), (1, 1, 2)),
+        (["steps=400", "method.cycles=5"], 100, (160, 220, 280, 340, 400), (20, 6, 50)),
+        (["steps=400", "method.merge_every_steps=70"], 120, (190, 260, 330, 400), (20, 7, 50)),
+        (["steps=400", "method.warm_start_steps=40"], 40, (160, 280, 400), (20, 12, 50)),
+        (["steps=400", "~method.warm_start", "method.cycles=4"], 0, (100, 200, 300, 400), (20, 10, 50)),
+        (["~steps", "tokens=57600"], 100, (200, 300, 400), (20, 10, 50)),
+        (["steps=400", "checkpoint.save_every_steps=7"], 100, (200, 300, 400), (20, 10, 7)),
+    ],
+)
+def test_lengths_as_shares(overrides: list[str], warm: int, ends: tuple[int, ...], rest: tuple[int, int, int]) -> None:
+    cfg = parse_config(SHARES, overrides)
+    schedule = cfg.schedule
+    assert (cfg.warm_start_steps, cfg.merges) == (warm, ends)
+    assert (schedule.warmup_steps, schedule.restart_warmup_steps, cfg.checkpoint.save_every_steps) == rest
+    assert parse_config(to_yaml(cfg)) == cfg, "what is stored has the numbers"
+    assert "%" not in to_yaml(cfg)
+
+
+def test_share_and_number_are_one_identity() -> None:
+    assert parse_config(SHARES).identity() == parse_config(TINY).identity()
+    with pytest.raises(ConfigError, match=r"method\.warm_start=25% and method\.warm_start_steps=3 say the same twice"):
+        parse_config(TINY.replace("warm_start_steps: 3", "warm_start_steps: 3, warm_start: 25%"))
+
+
+def test_every_number_of_steps_fits_a_config_of_shares() -> None:
+    for steps in range(8, 300):
+        cfg = parse_config(SHARES, [f"steps={steps}"])
+        assert cfg.merges[-1] == steps
+        assert abs(cfg.warm_start_steps - steps / 4) <= 1.5, "half of the number of cycles"
+
+
+def test_weights_name_their_architecture() -> None:
+    model = "model={init_from: some/folder}"
+    assert parse_config(TINY, [model]).model.huggingface == "some/folder"
+    assert parse_config(TINY, [model, "model.size=9m"]).model.huggingface == ""
+    assert parse_config(TINY, ["model.init_from=some/folder"]).model.huggingface == ""
 
 
 def test_typo_is_refused_without_torch_or_ray(tmp_path: Path) -> None:
@@ -341,3 +441,17 @@ def test_yaml_may_merge_and_must_not_contain_itself() -> None:
 def test_tokens_given_as_steps_are_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"steps=9999999999 with method\.merge_every_steps=150 is 66,666,666 cycles"):
         load_config(QUICKSTART, ["steps=9999999999"])
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("full", r"method='full' is no section\. Write it as method: \{kind: full\}"),
+        ({}, r"method\.kind is missing: it says how weights are trained"),
+        ({"kind": "galore", "lora_rank": 4}, r"Did you mean 'rank'\? It belongs to kind lora and relora"),
+        ({"kind": "galore", "leave_out": "q_proj"}, r"method\.leave_out='q_proj' must be a list of names"),
+    ],
+)
+def test_what_is_wrong_with_a_method_is_said_of_its_own_kind(method: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tmp_path, tmp_path, method=method, schedule={"kind": "cosine"})

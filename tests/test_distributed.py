@@ -13,13 +13,14 @@ import torch
 from relora_ray import loop
 from relora_ray.checkpoint import list_manifests, read_manifest
 from relora_ray.config import RunConfig
+from relora_ray.config.planned import Plan
 from relora_ray.conformance.processes import run_ranks
 from relora_ray.errors import CheckpointError, RanksDisagreeError, StorageError
 from relora_ray.loop import TrainState, run_attempt
-from relora_ray.metrics import Record
-from relora_ray.parallel import World
-from relora_ray.plan import Plan
-from relora_ray.runs import check_run, run_storage
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.metrics import Record
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import check_run
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
 

@@ -12,7 +12,7 @@ import pytest
 from relora_ray.checkpoint.history import plan_prune
 from relora_ray.checkpoint.manifest import Counters
 from relora_ray.config import TrainConfig
-from relora_ray.divergence import begin_cycle, diverged, observe, window
+from relora_ray.runs.divergence import begin_cycle, diverged, observe, window
 from tests.checkpoint.test_manifest import manifest
 
 TRAIN = TrainConfig(micro_batch_rows=1)  # 20 signs in 40 updates, 2 nats

@@ -14,16 +14,18 @@ import pytest
 import transformers
 
 from relora_ray.checkpoint import list_manifests, read_manifest
-from relora_ray.checkpoints import copy, list_lines, own, prune, show_lines, verify
+from relora_ray.checkpoint.manifest import FORMAT
+from relora_ray.commands.checkpoints import copy, list_lines, own, prune, show_lines, verify
+from relora_ray.commands.export import export
+from relora_ray.commands.status import status
 from relora_ray.config import RunConfig
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.errors import RunBusyError
-from relora_ray.export import export
-from relora_ray.fork import fork
 from relora_ray.loop import TrainState
-from relora_ray.metrics import read
-from relora_ray.runs import read_config, run_storage
-from relora_ray.status import status
+from relora_ray.runs.fork import fork
+from relora_ray.runs.metrics import read
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import read_config
 from relora_ray.storage import Storage
 from tests.conftest import ROOT
 from tests.s3 import BUCKET, Server
@@ -164,5 +166,5 @@ def test_run_of_format_4_goes_on(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     assert read_manifest(run_storage(cfg), 7).format == 4
     assert_went_on(cfg, undisturbed(tmp_path))
-    assert read_manifest(run_storage(cfg), 12).format == 5
+    assert read_manifest(run_storage(cfg), 12).format == FORMAT
     assert [problem for _, problem in verify(run_storage(cfg), None) if problem] == []

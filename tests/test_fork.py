@@ -13,15 +13,16 @@ from relora_ray.checkpoint import Rollback, list_manifests, read_manifest
 from relora_ray.checkpoint.commit import rollback_path
 from relora_ray.checkpoint.history import read_pins
 from relora_ray.checkpoint.ownership import claim
-from relora_ray.checkpoints import copy, delete, list_lines, own, prune, show_lines, verify
+from relora_ray.commands.checkpoints import copy, delete, list_lines, own, prune, show_lines, verify
+from relora_ray.commands.report import summary
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError
-from relora_ray.fork import fork, warm_start_digest
 from relora_ray.loop import build_state
-from relora_ray.methods import build_method
-from relora_ray.parallel import World
-from relora_ray.report import summary
-from relora_ray.runs import load_trained, run_storage
+from relora_ray.methods.base import build_method
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.fork import fork, warm_start_digest
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import load_trained
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, Server
 from tests.tiny import losses, run, state_digest, tiny_config
@@ -227,7 +228,7 @@ def test_fork_is_made_once(data: Path, tmp_path: Path) -> None:
     [
         (("seed=4",), 3, "seed: 3 in warm, 4 here"),
         (("method.target_modules=[q_proj]",), 3, "method.target_modules"),
-        (("method.merge_every_steps=9",), 6, "child has no boundary there. .* warm start .3. and of every cycle .12."),
+        (("method.merge_every_steps=9",), 6, r"child has no boundary there\. Its boundaries are after 3, 12\."),
         ((), 4, "has no boundary there"),
         (("method={kind: full}", "schedule={kind: cosine}"), 3, "method.kind: 'relora' in warm, 'full' here"),
     ],

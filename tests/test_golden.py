@@ -15,12 +15,8 @@ import pytest
 
 from relora_ray.config import RunConfig
 from relora_ray.conformance.__main__ import make_data
-from relora_ray.conformance.processes import run_ranks
-from relora_ray.loop import run_attempt
-from relora_ray.parallel import World
-from relora_ray.runs import check_run
 from tests.conftest import AUSTEN, ROOT, TOKENIZER
-from tests.tiny import run, stored_losses, tiny_config
+from tests.tiny import run, run_on, stored_losses, tiny_config
 
 EXPECTED = ROOT / "tests/fixtures/golden.json"
 KINDS = {
@@ -43,12 +39,8 @@ def configs(data: Path, folder: Path) -> Iterator[tuple[str, RunConfig]]:
             yield name, tiny_config(data, folder, f"name={name}", f"train.precision={precision}", **sections)
 
 
-def train(cfg: RunConfig) -> None:
-    run_attempt(check_run(cfg), World.current())
-
-
 def losses_of(cfg: RunConfig, num_ranks: int) -> list[float]:
-    run(cfg) if num_ranks == 1 else run_ranks(num_ranks, train, cfg)
+    run(cfg) if num_ranks == 1 else run_on(num_ranks, cfg)
     found = stored_losses(cfg)
     return [found[step] for step in sorted(found)]
 

@@ -14,14 +14,17 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from relora_ray import hf_export
+from relora_ray.commands.export import export
 from relora_ray.config import RunConfig
 from relora_ray.data.prepare import main as prepare
 from relora_ray.errors import ExportError
-from relora_ray.export import export
-from relora_ray.runs import find_setting, load_trained, run_storage
-from relora_ray.runtime.driver import preflight
-from relora_ray.small import small_config
+from relora_ray.methods.full import Full
+from relora_ray.modeling import hf_export
+from relora_ray.modeling.small import small_config
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import load_trained
+from relora_ray.runs.setting import find_setting
+from relora_ray.runtime.preflight import preflight
 from relora_ray.storage import Storage
 from tests.test_architecture import SIZES, edit
 from tests.tiny import run, tiny_config
@@ -115,6 +118,40 @@ def test_rotary_settings_are_where_version_4_looks_for_them(
     hf_export.write_hf_folder(model, dense, config, str(tmp_path), dtype=torch.float32)
     said = json.loads((tmp_path / "config.json").read_text())
     assert {name: said.get(name) for name in expected} == expected
+
+
+def test_rotary_settings_of_layers_are_where_version_4_looks_for_them(tmp_path: Path) -> None:
+    """Gemma 3 has one base for layers that see all and one for those that see nearby tokens."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    config = small_config(transformers.Gemma3TextConfig(rope_parameters=rope))
+    for said in (config, transformers.Gemma3Config(text_config=config.to_dict())):
+        said.save_pretrained(tmp_path)
+        before = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        hf_export._tell_earlier_versions(tmp_path / "config.json")
+        raw = json.loads((tmp_path / "config.json").read_text())
+        raw = raw.get("text_config", raw)
+        assert (raw["rope_theta"], raw["rope_local_base_freq"], raw["rope_scaling"]["factor"]) == (5e5, 2e4, 8.0)
+        assert transformers.AutoConfig.from_pretrained(tmp_path).to_dict() == before
+
+
+def test_whole_numbers_are_exported_as_they_are(tmp_path: Path) -> None:
+    config = small_config(transformers.DeepseekV4Config())
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tables = {name: buffer for name, buffer in model.named_buffers() if name.endswith("tid2eid")}
+    assert tables
+    for table in tables.values():
+        table.copy_(torch.randint(0, 4, table.shape))
+        table[0, 0] = 257  # a number that bf16 has not, of an expert that no token here goes to
+    dense = Full(tiny_config(tmp_path, tmp_path)).dense_state_dict(model)
+    hf_export.write_hf_folder(
+        model, dense, hf_export.export_config(config, None, end_token_id=1, own_ids=True), str(tmp_path / "out"),
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(loaded.get_buffer(name), table) for name, table in tables.items())
 
 
 @pytest.mark.parametrize("kind", ["roberta", "xglm"])
@@ -277,14 +314,14 @@ def test_tokenizer_that_auto_tokenizer_reads_otherwise_is_said(
 
 
 def test_config_is_put_last(finished: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, put = Storage(str(tmp_path / "out")), Storage.put
+    out, put = Storage(str(tmp_path / "out")), Storage.put_file
     names: list[str] = []
 
-    def note(self: Storage, path: str, content: bytes) -> None:
+    def note(self: Storage, path: str, source: str) -> None:
         names.append(path) if self.url == out.url else None
-        put(self, path, content)
+        put(self, path, source)
 
-    monkeypatch.setattr(Storage, "put", note)
+    monkeypatch.setattr(Storage, "put_file", note)
     export(finished, out)
     assert names[-1] == "config.json"
     assert {"model.safetensors", "tokenizer.json", "generation_config.json"} <= set(names)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from relora_ray.architecture import hf_config
 from relora_ray.config import ModelConfig
 from relora_ray.data.tokenizer import load_tokenizer
 from relora_ray.errors import ConfigError, DataError
 from relora_ray.hub import looks_like_path, missing
+from relora_ray.modeling.architecture import hf_config
 
 
 @pytest.mark.parametrize(

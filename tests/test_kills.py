@@ -1,6 +1,6 @@
 """SIGKILL at every phase of a save: of a training process, of one of two, and of the S3 server.
 
-20 seeded points in the first two tests, or KILLS. After every kill: no acknowledged checkpoint is lost, and all are
+15 seeded points in the first two tests, or KILLS. After every kill: no acknowledged checkpoint is lost, and all are
 whole. At the end: every loss of every life is the uninterrupted run's, bit for bit. Lives are forked from a server that
 has imported everything, so that one takes about a second.
 """
@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 
 from relora_ray.checkpoint import checkpointer, list_manifests, read_manifest
-from relora_ray.checkpoints import prune, verify
+from relora_ray.commands.checkpoints import prune, verify
 from relora_ray.config import RunConfig
 from relora_ray.loop import run_attempt
-from relora_ray.metrics import Record
-from relora_ray.parallel import World
-from relora_ray.runs import check_run, run_storage
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.metrics import Record
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import check_run
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, FaultyProxy, Server
 from tests.tiny import tiny_config
@@ -42,8 +43,8 @@ PHASES = {
     "terms": 1, "removals": 4,
 }  # fmt: skip
 """With the number of times to choose from."""
-STEPS = 39
-KILLS = int(os.environ.get("KILLS", "20"))
+STEPS = 27
+KILLS = int(os.environ.get("KILLS", "15"))
 """Of these, every fifth is of one of two processes."""
 
 _context = multiprocessing.get_context("forkserver")

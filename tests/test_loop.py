@@ -6,23 +6,32 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from relora_ray import loop
 from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.checkpoint.ownership import claim
+from relora_ray.commands.report import summary
 from relora_ray.config import RunConfig
 from relora_ray.conformance.ours import poisoned
-from relora_ray.errors import ConfigError, NonFiniteError
-from relora_ray.loop import evaluate, open_batches
-from relora_ray.methods.lowrank import LowRankLinear, low_rank_layers
-from relora_ray.metrics import Record, read, read_all, size_text
-from relora_ray.model import build_model
-from relora_ray.parallel import World
-from relora_ray.report import summary
-from relora_ray.runs import load_trained, run_storage
-from relora_ray.schedule import lr_multiplier
+from relora_ray.errors import ConfigError, NonFiniteError, SupersededError
+from relora_ray.loop import evaluate, run_attempt
+from relora_ray.methods.base import Boundary, BoundaryReport
+from relora_ray.methods.lowrank.config import ReloraConfig
+from relora_ray.methods.lowrank.layer import LowRankLinear, low_rank_layers
+from relora_ray.methods.lowrank.relora import Relora
+from relora_ray.modeling.model import build_model
+from relora_ray.modeling.parallel import World
+from relora_ray.modeling.schedule import lr_multiplier
+from relora_ray.runs.batches import open_batches
+from relora_ray.runs.metrics import Record, read, read_all, size_text
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import load_trained
+from relora_ray.runs.setting import check_run
 from tests.tiny import Crash, assert_loads_as_the_live_model, crash_at, losses, run, state_digest, tiny_config
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
@@ -201,7 +210,9 @@ def test_effective_weights_are_kept_where_memory_is_not_short(data: Path, tmp_pa
         ("method.frozen_weights=bf16_int8", "train.effective_weights=kept"): True,
         ("train.effective_weights=rebuilt",): False,
     }.items():  # fmt: skip
-        assert tiny_config(data, tmp_path, *overrides).keeps_effective_weights is kept
+        cfg = tiny_config(data, tmp_path, *overrides)
+        assert isinstance(cfg.method, ReloraConfig)
+        assert cfg.method.keeps_effective_weights(cfg.train) is kept
 
 
 def test_warm_start_keeps_the_moments_of_what_stays_trained(cfg: RunConfig) -> None:
@@ -221,6 +232,18 @@ def test_evaluation_counts_the_asked_rows_once(cfg: RunConfig) -> None:
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert state.model.training
     assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 3, 12]
+
+
+def test_end_is_not_told_of_a_run_that_is_another_drivers(cfg: RunConfig) -> None:
+    """An attempt that finds it at its end stores nothing, and would not hear of it. The other may be going back."""
+    run(cfg)
+    storage = run_storage(cfg)
+    earlier = claim(storage).attempt(2)
+    claim(storage)
+    records: list[Any] = []
+    with pytest.raises(SupersededError):
+        run_attempt(check_run(cfg), World(), attempt=earlier, on_record=records.append)
+    assert [r["kind"] for r in records] == ["attempt"]
 
 
 def test_evaluation_does_not_change_the_run(data: Path, tmp_path: Path) -> None:
@@ -360,3 +383,43 @@ def test_state_bytes_are_counted_by_role(cfg: RunConfig) -> None:
     assert last["state_bytes"]["derived"] - first["state_bytes"]["derived"] == effective
     total = size_text(sum(last["state_bytes"].values()))
     assert f"state     {total} on each worker: weights " in summary(run_storage(cfg))
+
+
+def test_gradient_at_a_boundary_is_that_of_the_last_rows(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is trained it is the one that the update had; of W in a layer with adapters there is none to be had."""
+    cfg = tiny_config(data, tmp_path, "optimizer.grad_clip=0", "steps=6", "optimizer.learning_rate=1e-30")
+    seen: dict[str, torch.Tensor] = {}
+    accumulate, switch = loop._accumulate_gradients, Relora.on_boundary
+
+    def noted(*args: Any) -> Any:
+        result = accumulate(*args)
+        head = next(p for name, p in args[2].named_parameters() if name.endswith("lm_head.weight"))
+        seen["update"] = head.grad.clone()
+        return result
+
+    def asked(self: Relora, boundary: Boundary) -> BoundaryReport:
+        (seen["boundary"],) = boundary.gradient([boundary.model.get_parameter("lm_head.weight")])
+        if boundary.step == 6:
+            with pytest.raises(RuntimeError, match=r"no gradient reaches model.layers.0.mlp.up_proj.weight"):
+                boundary.gradient([boundary.model.get_parameter("model.layers.0.mlp.up_proj.weight")])
+        assert torch.allclose(seen["boundary"], seen["update"], rtol=1e-4, atol=1e-8)
+        return switch(self, boundary)
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", noted)
+    monkeypatch.setattr(Relora, "on_boundary", asked)
+    run(cfg)
+    assert seen["boundary"].any()
+
+
+def test_longer_run_than_planned_says_how(data: Path, tmp_path: Path) -> None:
+    run(tiny_config(data, tmp_path))
+    with pytest.raises(ConfigError, match=r"steps: 12 there, 15 here") as caught:
+        run(tiny_config(data, tmp_path, "steps=15"))
+    assert f"name=tiny-2 model.init_from={tmp_path}/tiny steps=3" in str(caught.value)
+    assert "begin anew with steps=15; with train.stop_after_steps=12 besides" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"keep steps=12 and set train\.stop_after_steps=6"):
+        run(tiny_config(data, tmp_path, "steps=6"))
+    longer = tiny_config(data, tmp_path, "name=tiny-2", f"model.init_from={tmp_path}/tiny", "steps=9")
+    assert run(longer)[0].position.step == 9

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from relora_ray.errors import StorageError
-from relora_ray.metrics import MetricsLog, latest, read, read_all, read_kinds, read_pages
+from relora_ray.runs.metrics import MetricsLog, latest, read, read_all, read_kinds, read_pages, structures
 from relora_ray.storage import Storage
 
 
@@ -165,3 +165,15 @@ def test_objects_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Storage, "get", get)
     assert len(read_all(storage, "attempt")) == 2
+
+
+def test_a_boundary_that_was_given_up_is_not_what_is_trained(tmp_path: Path) -> None:
+    """The first attempt came past the end of the warm start, the second began again from before."""
+    storage = Storage(str(tmp_path))
+    for attempt, step, boundary in (("0001.0001-aa", 0, 3), ("0002.0001-bb", 2, None)):
+        log = MetricsLog(storage, attempt)
+        log.write({"kind": "attempt", "step": step, "num_trainable": 100})
+        if boundary is not None:
+            log.write({"kind": "boundary", "step": boundary, "num_trainable": 40})
+        log.close()
+    assert [record["num_trainable"] for record in structures(read_kinds(storage))] == [100]

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from relora_ray import cli
-from relora_ray.runs import run_storage
+from relora_ray.runs.places import run_storage
 from relora_ray.runtime import driver
 from tests.s3 import BUCKET, FaultyProxy, Server
 from tests.tiny import TINY, run, tiny_config
@@ -233,7 +233,7 @@ launch {file}                                  | holds str, not a mapping
 launch {twice}                                 | key 'seed' is there twice
 launch {tabs}                                  | is not valid YAML
 launch {deep}                                  | is not valid YAML
-launch                                         | the following arguments are required: config
+launch                                         | no config is given. `relora-ray configs` lists those that come
 launch {cfg} --wiat                            | unrecognized arguments: --wiat
 @ step=5                                       | unknown key step
 @ steps=x                                      | steps='x'
@@ -293,8 +293,15 @@ report {run_without_config}                    | config.yaml
 report {run_with_config_cut}                   | somebody has changed it
 report {no_such_bucket}                        | The specified bucket does not exist
 report {wrong_keys}                            | PermissionError
+report {empty}                                 | is not a run
+report {full} --html {tmp}/x.html              | is not a run
+report {run} {missing}                         | is not a run
+report {run} --html {run}                      | is no .html or .htm file
+report {run} --against nobody                  | --against 'nobody' is none of these runs: tiny
+report {run} --dollars-per-hour nan            | argument --dollars-per-hour: 'nan' is no number of dollars above 0
+report                                         | the following arguments are required: RUN
 export {missing} {tmp}/out                     | is not a run
-export {run} {run}/model                       | is not empty: config.json is there
+export {run} {run}/model                       | is not empty: README.md is there
 export {run} {file}                            | Not a directory
 export {run} {file}/out                        | Not a directory
 export {run} /proc/nowhere                     | cannot write /proc/nowhere
@@ -341,7 +348,7 @@ ablations {cfg} --out {tmp}/out                | {tmp}/run.yaml
 ablations {cfg} --out {tmp}/out --jobs 0       | argument --jobs: '0' is not a whole number of 1 or more
 ablations configs/ablations/resets.yaml --out {tmp}/out data.path={missing} | has no index.json
 ablations configs/ablations/resets.yaml --out {file} data.path={data} model.vocab_size=2048 | {tmp}/file
-conformance --only nothing                     | invalid choice: 'nothing'
+conformance --only nothing                     | --only nothing is no check. They are
 conformance --implementation nowhere:Theirs    | --implementation nowhere:Theirs
 conformance --implementation os                | --implementation os
 conformance --configs {missing}                | {tmp}/nowhere
@@ -358,6 +365,8 @@ DAMAGED = """
 report {run_with_manifests_cut}                    | 0 | merges    3 after steps 6, 9, 12
 report {run_with_metrics_of_bytes}                 | 0 | merges    0
 report {run_with_metrics_of_others}                | 0 | merges    0
+report {run_with_pages_cut} --html {tmp}/x.html     | 0 | x.html (4.
+report {run_with_metrics_of_others} --html {tmp}/x.html | 0 | x.html (4.
 report {run_with_fork_cut}                         | 1 | fork.json does not say from which run this is a fork
 report {run_with_fork_of_others}                   | 1 | fork.json does not say from which run this is a fork
 status {run_with_manifests_cut}                    | 0 | is not a readable manifest
@@ -472,7 +481,7 @@ def test_what_is_no_record_is_left_out_with_a_warning(
 
 def test_reader_that_goes_away_is_no_error(things: Things) -> None:
     """As `| head` does. The exit code is the one that a shell gives a program which SIGPIPE ends."""
-    command = [sys.executable, "-m", "relora_ray.report", things["run"]]
+    command = [sys.executable, "-m", "relora_ray.commands.report", things["run"]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stderr is not None

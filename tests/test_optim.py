@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from relora_ray.config import OptimizerConfig, ResetConfig
-from relora_ray.optim import build_adamw, prune_state_, take_over_state_
+from relora_ray.config import OptimizerConfig
+from relora_ray.methods.lowrank.config import ResetConfig
+from relora_ray.methods.lowrank.reset import prune_state_
+from relora_ray.modeling.optim import build_adamw, take_over_state_
 
 CFG = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 

@@ -11,7 +11,7 @@ import torch
 from relora_ray.conformance.processes import run_ranks
 from relora_ray.errors import DamagedError, SupersededError
 from relora_ray.keyed import key
-from relora_ray.parallel import World, broadcast_bytes, digest, gather_bytes
+from relora_ray.modeling.parallel import World, broadcast_bytes, digest, gather_bytes
 from relora_ray.storage import Storage
 
 

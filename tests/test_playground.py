@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.local import TOUR, Playground, Refused, compare
-from relora_ray.metrics import MetricsLog
+from relora_ray.runs.metrics import MetricsLog
 from relora_ray.storage import Storage
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from relora_ray.progress import Progress
+from relora_ray.commands.progress import Progress
 from tests.tiny import tiny_config
 
 STEP = {"kind": "train", "loss": 5.25, "learning_rate": 1e-3, "tokens_per_s": 12345.0, "left_s": 4000.0}

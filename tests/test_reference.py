@@ -15,17 +15,20 @@ import torch
 import transformers
 from torch import nn
 
-from relora_ray.config import OptimizerConfig, ResetConfig, RunConfig
+from relora_ray.config import OptimizerConfig, RunConfig
 from relora_ray.errors import ConfigError
-from relora_ray.loop import open_batches
-from relora_ray.methods import build_method
-from relora_ray.methods.lowrank import adapter_parameters, low_rank_layers
-from relora_ray.optim import build_adamw, prune_state_
-from relora_ray.parallel import World
-from relora_ray.reference import read_reference
-from relora_ray.runs import new_model
-from relora_ray.runtime.driver import preflight
-from relora_ray.schedule import lr_multiplier
+from relora_ray.methods.adapter import adapter_parameters
+from relora_ray.methods.base import build_method
+from relora_ray.methods.lowrank.config import ResetConfig
+from relora_ray.methods.lowrank.layer import low_rank_layers
+from relora_ray.methods.lowrank.reset import prune_state_
+from relora_ray.modeling.optim import build_adamw
+from relora_ray.modeling.parallel import World
+from relora_ray.modeling.reference import read_reference
+from relora_ray.modeling.schedule import lr_multiplier
+from relora_ray.runs.batches import open_batches
+from relora_ray.runs.run import new_model
+from relora_ray.runtime.preflight import preflight
 from tests.tiny import Crash, crash_at, run, tiny_config
 
 AS_PUBLISHED = {

@@ -12,14 +12,14 @@ import pytest
 import transformers
 
 from relora_ray.checkpoint import list_manifests, read_manifest
-from relora_ray.checkpoints import verify
+from relora_ray.commands.checkpoints import verify
+from relora_ray.commands.export import export
+from relora_ray.commands.report import summary
 from relora_ray.config import RunConfig
 from relora_ray.data.tokens import cache_folder
 from relora_ray.errors import ConfigError, DataError
-from relora_ray.export import export
-from relora_ray.metrics import Record, read
-from relora_ray.report import summary
-from relora_ray.runs import data_storage, run_storage
+from relora_ray.runs.metrics import Record, read
+from relora_ray.runs.places import data_storage, run_storage
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, SECRET, FaultyProxy, Server, storage_options
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config

@@ -10,16 +10,16 @@ from relora_ray import loop
 from relora_ray.checkpoint import Rollback, list_manifests, read_history, read_manifest
 from relora_ray.checkpoint.commit import rollback_path
 from relora_ray.checkpoint.manifest import Counters, Sign
-from relora_ray.checkpoints import copy
+from relora_ray.commands.checkpoints import copy
+from relora_ray.commands.status import status
 from relora_ray.config import RunConfig
-from relora_ray.divergence import begin_cycle, observe
 from relora_ray.errors import DivergedError, RolledBackError
-from relora_ray.methods import build_method
-from relora_ray.metrics import read
-from relora_ray.rollback import _abandons, read_rollbacks, roll_back
-from relora_ray.runs import run_storage
-from relora_ray.schedule import lr_multiplier
-from relora_ray.status import status
+from relora_ray.methods.base import build_method
+from relora_ray.modeling.schedule import lr_multiplier
+from relora_ray.runs.divergence import begin_cycle, observe
+from relora_ray.runs.metrics import read
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.rollback import _abandons, read_rollbacks, roll_back
 from relora_ray.storage import Storage
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 

@@ -7,9 +7,9 @@ from itertools import pairwise, product
 import pytest
 
 from relora_ray.config import RunConfig
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.conformance.layer_checks import published_jagged_cosine
-from relora_ray.schedule import lr_multiplier, restart_step
+from relora_ray.modeling.schedule import lr_multiplier, restart_step
 from tests.tiny import TINY
 
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from relora_ray import checkpoints
-from relora_ray.checkpoint import list_manifests, read_manifest
+from relora_ray.checkpoint import list_manifests, owner, read_manifest
 from relora_ray.checkpoint.history import old_pins, read_pins
+from relora_ray.checkpoint.owner import owning
 from relora_ray.checkpoint.ownership import claim, refuse_if_superseded
 from relora_ray.cli import printable
+from relora_ray.commands import checkpoints
 from relora_ray.config import RunConfig
 from relora_ray.errors import ConfigError, RunBusyError, StorageError, SupersededError
-from relora_ray.fork import fork
 from relora_ray.location import secret_in_url
-from relora_ray.runs import find_setting, read_config, run_storage
-from relora_ray.runtime import owner
+from relora_ray.runs.fork import fork
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import find_setting, read_config
 from relora_ray.runtime.failures import MOST_PAUSE_S, Failures
-from relora_ray.runtime.owner import owning
 from relora_ray.storage import Storage
 from tests.tiny import run, tiny_config
 

@@ -10,8 +10,8 @@ import torch
 
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError
-from relora_ray.runs import run_storage
-from relora_ray.spectrum import run_spectrum, spectrum, write
+from relora_ray.runs.places import run_storage
+from relora_ray.study.spectrum import run_spectrum, spectrum, write
 from tests.tiny import run, tiny_config
 
 RELORA = {"kind": "relora", "lora_rank": 3, "alpha": 12, "merge_every_steps": 3, "warm_start_steps": 3}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from relora_ray.checkpoint.ownership import Life, Term, claim
-from relora_ray.config_file import to_yaml
-from relora_ray.metrics import MetricsLog
-from relora_ray.status import status
+from relora_ray.commands.status import status
+from relora_ray.config.file import to_yaml
+from relora_ray.runs.metrics import MetricsLog
+from relora_ray.runs.tally import Tally
 from relora_ray.storage import Storage
-from relora_ray.tally import Tally
 from tests.test_tally import attempt, begin, lost, manifest, name, restart, train
 from tests.tiny import tiny_config
 

@@ -12,9 +12,9 @@ import pytest
 from relora_ray.checkpoint.manifest import Manifest
 from relora_ray.checkpoint.ownership import Term
 from relora_ray.errors import StorageError
-from relora_ray.metrics import MetricsLog, latest, read_kinds
+from relora_ray.runs.metrics import MetricsLog, latest, read_kinds
+from relora_ray.runs.tally import MAX_POINTS, MAX_RESTARTS, ProgressLog, Tally, latest_page, read_tally, replay
 from relora_ray.storage import Storage
-from relora_ray.tally import MAX_POINTS, MAX_RESTARTS, ProgressLog, Tally, latest_page, read_tally, replay
 
 DRIVER = "1f2e3d4c"
 

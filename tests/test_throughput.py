@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.throughput import PublishedLinear, _layer, linear_flops, trainee
-from relora_ray.config import LoraConfig
-from relora_ray.methods.lowrank import LowRankLinear
+from relora_ray.methods.lowrank.config import LoraConfig
+from relora_ray.methods.lowrank.layer import LowRankLinear
 from tests.commands import command
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_ray.config import TrainConfig
-from relora_ray.token_loss import WHOLE_BYTES, TokenLoss, softmax_loss_
+from relora_ray.modeling.token_loss import WHOLE_BYTES, TokenLoss, softmax_loss_
 from tests.tiny import losses, run, tiny_config
 
 VOCABULARY = 61

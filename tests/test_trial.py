@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,18 +13,22 @@ import transformers
 import yaml
 from torch import nn
 
-from relora_ray.config import RunConfig, TrainConfig
+from relora_ray.config import ModelConfig, RunConfig, TrainConfig
 from relora_ray.conformance.processes import run_ranks
 from relora_ray.errors import CheckpointError, ConfigError
-from relora_ray.loop import open_batches, run_attempt
-from relora_ray.model import build_model, check_causal
-from relora_ray.optim import build_adamw
-from relora_ray.parallel import World
-from relora_ray.runs import Setting, check_run
-from relora_ray.runtime.driver import preflight
-from relora_ray.small import small_config
-from relora_ray.token_loss import TokenLoss
-from relora_ray.trial import shortest_names, try_architecture
+from relora_ray.loop import run_attempt
+from relora_ray.modeling.architecture import hf_config
+from relora_ray.modeling.model import build_model, check_causal
+from relora_ray.modeling.optim import build_adamw
+from relora_ray.modeling.parallel import World
+from relora_ray.modeling.small import small_config
+from relora_ray.modeling.token_loss import TokenLoss
+from relora_ray.runs.batches import open_batches
+from relora_ray.runs.run import _check_padding, bare_model, check_embedding
+from relora_ray.runs.setting import Setting, check_run, open_data
+from relora_ray.runs.trial import shortest_names, try_architecture
+from relora_ray.runtime.preflight import preflight
+from tests.architectures import INCOMPLETE
 from tests.tiny import run, tiny_config
 
 CASES: dict[str, dict[str, Any]] = {
@@ -51,6 +56,8 @@ CASES |= {
         "max_position_embeddings": 256,
     },
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "phi3": {"intermediate_size": 48},
+    "falcon": {"new_decoder_architecture": False},
     "roberta": {"intermediate_size": 48, "is_decoder": True, "num_hidden_layers": 1},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
 }  # fmt: skip
@@ -272,9 +279,10 @@ def test_layers_that_are_left_out_by_chance_are_refused(data: Path, tmp_path: Pa
 
 def test_positions_begin_behind_padding(data: Path, tmp_path: Path) -> None:
     settings = {"pad_token_id": 1, "max_position_embeddings": 26}
-    preflight(config_of("roberta", data, tmp_path, **settings))
+    fitting, longer = (config_of("roberta", data, tmp_path, f"data.seq_len={n}", **settings) for n in (24, 26))
+    check_embedding(fitting, bare_model(fitting, device="meta"))
     with pytest.raises(ConfigError, match=r"seq_len=26 is more than the 24 positions .* behind pad_token_id=1"):
-        preflight(config_of("roberta", data, tmp_path, "data.seq_len=26", **settings))
+        check_embedding(longer, bare_model(longer, device="meta"))
 
 
 @pytest.mark.parametrize(("experts", "warned"), [(1, True), (2, False)])
@@ -291,6 +299,174 @@ def test_bias_that_balances_experts_is_said_to_stay(
 ) -> None:
     try_architecture(config_of("deepseek_v3", data, tmp_path, first_k_dense_replace=1))
     assert "balances its experts by a bias (e_score_correction_bias)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lfm2_moe", "laguna", "zaya"])
+def test_bias_that_balances_is_known_by_other_names(
+    kind: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_config(transformers.CONFIG_MAPPING[kind](**INCOMPLETE.get(kind, {}))).save_pretrained(tmp_path / "config")
+    try_architecture(tiny_config(data, tmp_path, "method.lora_rank=2", model={"huggingface": str(tmp_path / "config")}))
+    assert "balances its experts by a bias" in caplog.text
+
+
+def test_rwkv_is_not_rescaled_while_it_is_trained(data: Path, tmp_path: Path) -> None:
+    """transformers divides its weights in place when it is evaluated."""
+    losses = []
+    for every in (0, 1):
+        config = {"model_type": "rwkv", "vocab_size": 2048, "context_length": 64, "hidden_size": 32}
+        folder = tmp_path / str(every)
+        (folder / "config").mkdir(parents=True)
+        config |= {"num_hidden_layers": 4, "rescale_every": every}
+        (folder / "config/config.json").write_text(json.dumps(config))
+        cfg = tiny_config(data, folder, "train.eval_every_steps=3", model={"huggingface": str(folder / "config")})
+        _, records = run(preflight(cfg))
+        losses.append([r["loss"] for r in records if r["kind"] in ("train", "eval")])
+        exported = json.loads((folder / "tiny/model/config.json").read_text())
+        assert exported["rescale_every"] == every
+    assert losses[0] == losses[1]
+
+
+def test_model_that_changes_itself_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = transformers.LlamaForCausalLM.forward
+
+    def moving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            with torch.no_grad():
+                self.lm_head.weight.mul_(2)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", moving)
+    with pytest.raises(ConfigError, match=r"changes lm_head.weight by itself when it is evaluated"):
+        try_architecture(config_of("llama", data, tmp_path))
+
+
+@pytest.mark.parametrize("settings", [{"parallel_attn": True}, {"parallel_attn": False, "multi_query": False}])
+def test_output_of_a_layer_may_be_changed_in_place(
+    settings: dict[str, bool], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Falcon adds what attention gives to what its last layer gives, in place; with a bias that is a view."""
+    cfg = config_of("falcon", data, tmp_path, bias=True, alibi=not settings["parallel_attn"], **settings)
+    preflight(cfg)
+    assert "no tiny form" not in caplog.text
+    run(cfg.model_copy(update={"steps": 6}))
+
+
+@pytest.mark.parametrize("coefficient", [1.0, 300.0])
+def test_loss_of_the_router_is_compared_on_the_same_rows(coefficient: float, data: Path, tmp_path: Path) -> None:
+    """Of a row that is a token longer it is another."""
+    more = {"output_router_logits": True, "router_aux_loss_coef": coefficient}
+    for seed in range(3):
+        try_architecture(config_of("mixtral", data, tmp_path, f"seed={seed}", **more))
+
+
+def test_setting_that_cannot_be_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"field 'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float"):
+        preflight(config_of("llama", data, tmp_path, rms_norm_eps="1e-5"))
+
+
+@pytest.mark.parametrize("vocabulary", [65, 100])
+def test_architecture_with_a_small_vocabulary_is_tried(vocabulary: int, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not causal"):
+        try_architecture(config_of("bert", data, tmp_path, vocab_size=vocabulary))
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4])
+def test_model_of_small_weights_that_looks_ahead_is_found(spread: float, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not causal"):
+        try_architecture(config_of("bert", data, tmp_path, initializer_range=spread))
+
+
+def test_rotary_factors_of_a_wide_head_fit_the_tiny_one(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = [1.0 + n / 10 for n in range(16)]
+    rope = {"type": "longrope", "long_factor": factors, "short_factor": factors}
+    more = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "resid_pdrop": 0.0}
+    cfg = config_of("phi3", data, tmp_path, rope_scaling=rope, original_max_position_embeddings=32, **more)
+    try_architecture(cfg)
+    assert "no tiny form" not in caplog.text
+
+
+def test_architecture_that_cannot_be_tried_is_said(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    try_architecture(config_of("llama", data, tmp_path, hidden_act="no such"))
+    assert "no tiny form, so that it is not tried out before the start" in caplog.text
+    with pytest.raises(ConfigError, match=r"can be built here: KeyError: 'no such' \(hidden_act in its config.json\)"):
+        preflight(config_of("llama", data, tmp_path, hidden_act="no such"))
+
+
+def test_outputs_that_a_config_asks_for_besides_are_left_out(data: Path, tmp_path: Path) -> None:
+    outputs = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    preflight(config_of("llama", data, tmp_path, **outputs))
+
+
+def test_blocks_that_begin_late_are_tried(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    try_architecture(config_of("deepseek_v3", data, tmp_path))  # first_k_dense_replace is 4
+    assert "e_score_correction_bias" in caplog.text
+
+
+def test_export_that_would_not_load_is_refused_before_ray(data: Path, tmp_path: Path) -> None:
+    small_config(transformers.Emu3Config()).save_pretrained(tmp_path / "config")
+    cfg = tiny_config(data, tmp_path, "method.lora_rank=2", model={"huggingface": str(tmp_path / "config")})
+    with pytest.raises(ConfigError, match="what is exported of Emu3ForCausalLM would not load"):
+        try_architecture(cfg)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads=3, which does not divide"),
+        ({"rope_theta": 0}, "computes nan from random weights"),
+        ({"pad_token_id": 32000}, "can be built here: AssertionError: Padding_idx must be within"),
+    ],
+)
+def test_config_that_only_looks_right_is_refused(
+    settings: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight(config_of("llama", data, tmp_path, **settings))
+
+
+def test_misspelt_setting_is_said_once(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config_of("llama", data, tmp_path, num_key_value_head=1, training_notes="x", quantization_config={"a": 1})
+    config = json.loads(Path(cfg.model.huggingface, "config.json").read_text())
+    del config["num_key_value_heads"]
+    Path(cfg.model.huggingface, "config.json").write_text(json.dumps(config))
+    preflight(cfg)
+    assert caplog.text.count("has num_key_value_head, which 'llama' does not read. num_key_value_heads is meant?") == 1
+    assert caplog.text.count("asks for quantised weights") == 1
+    assert "training_notes" not in caplog.text
+
+
+def test_padding_that_is_a_token_of_the_data_may_not_move_positions(data: Path, tmp_path: Path) -> None:
+    cfg = config_of("roberta", data, tmp_path, pad_token_id=1)
+    with pytest.raises(ConfigError, match=r"counts positions past its pad_token_id, 1, which is a token of the data"):
+        preflight(cfg)
+    config, index = hf_config(cfg.model, 24), open_data(cfg)
+    _check_padding(config, index, SimpleNamespace(pad_token_id=1))  # which stands nowhere in the data
+    _check_padding(hf_config(config_of("llama", data, tmp_path).model, 24), index, None)
+
+
+def test_tokens_are_spread_over_experts_by_a_table(tmp_path: Path) -> None:
+    small_config(transformers.DeepseekV4Config()).save_pretrained(tmp_path)
+    model = ModelConfig(huggingface=str(tmp_path))
+    one, same, other = (build_model(model, seq_len=16, seed=seed) for seed in (0, 0, 1))
+    tables = [dict(m.named_buffers())["model.layers.0.mlp.gate.tid2eid"] for m in (one, same, other)]
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+    assert tables[0].unique().tolist() == [0, 1, 2, 3]
+    assert (tables[0][:, 0] != tables[0][:, 1]).all(), "a token goes to different experts"
+
+
+def test_row_of_padding_is_trained_in_every_table_of_tokens(tmp_path: Path) -> None:
+    small_config(transformers.Gemma4TextConfig(pad_token_id=1)).save_pretrained(tmp_path)
+    model = build_model(ModelConfig(huggingface=str(tmp_path)), seq_len=16, seed=0)
+    for name in ("embed_tokens", "embed_tokens_per_layer"):
+        table = model.get_submodule(f"model.{name}")
+        assert table.padding_idx is None
+        assert table.weight[1].count_nonzero()
 
 
 def test_row_of_padding_that_is_a_token_of_the_data_is_trained(data: Path, tmp_path: Path) -> None:

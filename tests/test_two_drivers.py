@@ -27,17 +27,17 @@ import psutil
 import pytest
 import torch
 
-from relora_ray.checkpoint import ownership, read_history
+from relora_ray.checkpoint import owner, ownership, read_history
 from relora_ray.checkpoint.manifest import key_of
+from relora_ray.checkpoint.owner import owning
 from relora_ray.checkpoint.ownership import attempt_key, term_of
-from relora_ray.checkpoints import verify
+from relora_ray.commands.checkpoints import verify
 from relora_ray.config import RunConfig
 from relora_ray.loop import run_attempt
-from relora_ray.metrics import Record
-from relora_ray.parallel import World
-from relora_ray.runs import MODEL, begin, check_run, run_storage
-from relora_ray.runtime import owner
-from relora_ray.runtime.owner import owning
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.metrics import Record
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import MODEL, begin, check_run
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, Server
 from tests.tiny import stored_losses, tiny_config

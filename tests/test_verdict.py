@@ -23,10 +23,10 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.conformance.processes import run_ranks
 from relora_ray.errors import ReloraError
-from relora_ray.parallel import World
+from relora_ray.modeling.parallel import World
 from relora_ray.storage import Storage
 from relora_ray.verdict import in_words, verdict, without_numbers
 

@@ -21,15 +21,17 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from relora_ray import weights
-from relora_ray.architecture import read_architecture
 from relora_ray.config import ModelConfig, RunConfig
 from relora_ray.errors import CheckpointError, ConfigError
-from relora_ray.model import build_model
-from relora_ray.runs import check_run, load_trained, new_model, run_storage
-from relora_ray.runtime.driver import preflight
-from relora_ray.small import small_config
-from relora_ray.weights import check_weights, load_weights
+from relora_ray.modeling import weights
+from relora_ray.modeling.architecture import read_architecture
+from relora_ray.modeling.model import build_model
+from relora_ray.modeling.small import small_config
+from relora_ray.modeling.weights import check_weights, load_weights
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import load_trained, new_model
+from relora_ray.runs.setting import check_run
+from relora_ray.runtime.preflight import preflight
 from tests.conftest import ROOT
 from tests.test_architecture import SIZES, edit
 from tests.tiny import TINY, run, tiny_config
@@ -105,6 +107,53 @@ WHOLE: dict[str, Callable[[Path], Any]] = {
     "notes of other tools": lambda f: edit(f, unsloth_version="2026.1", max_sequence_length=9, training={"lr": 1e-4}),
     "a pickle beside it": lambda f: (f / "pytorch_model.bin").write_bytes(b"never read"),
 }
+
+
+def put_in_two_files(folder: Path) -> None:
+    shard(folder)
+    first, *_, last = sorted(folder.glob("model-*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file(load_file(last) | {name: load_file(first)[name] + 1}, last)
+
+
+DOUBLED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "with and without prefix": (
+        lambda f: change(f, lambda t: t.update({UP.removeprefix("model."): t[UP] + 1})),
+        rf"has {UP.removeprefix('model.')} and {UP}, both of which are the model's {UP}",
+    ),
+    "in two files": (put_in_two_files, r"has \S+ in two files, model-00001\S+ and model-0000"),
+}
+
+
+@pytest.mark.parametrize("kind", DOUBLED)
+def test_tensor_that_is_there_twice_is_refused(kind: str, folder: Path) -> None:
+    spoil, message = DOUBLED[kind]
+    spoil(folder)
+    for read in (check, load):
+        with pytest.raises(ConfigError, match=message):
+            read(LLAMA, str(folder))
+
+
+def test_experts_are_numbered_without_a_gap(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    change(tmp_path, renamed("experts.3.", "experts.7."))
+    for read in (check, load):
+        with pytest.raises(ConfigError, match=r"has parts \[0, 1, 2, 7\] of \S+gate_up_proj"):
+            read(ModelConfig(huggingface=str(tmp_path)), str(tmp_path))
+
+
+def test_constants_that_an_old_version_stored_are_passed_over(tmp_path: Path) -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=512, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    constants = {"bias": torch.ones(1, 1, 64, 64), "masked_bias": torch.tensor(-1e9)}
+    names = {f"transformer.h.{n}.attn.attention.{name}": tensor for n in range(2) for name, tensor in constants.items()}
+    change(tmp_path, lambda t: t.update({name: tensor.clone() for name, tensor in names.items()}))
+    for read in (check, load):
+        read(ModelConfig(huggingface=str(tmp_path)), str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -331,7 +380,7 @@ def test_hub_name_is_checked_by_the_headers_there(folder: Path, monkeypatch: pyt
 
     file, config = folder / "model.safetensors", transformers.AutoConfig.from_pretrained(folder)
     for module in ("weights", "architecture"):
-        monkeypatch.setattr(f"relora_ray.{module}.missing", lambda name: "")
+        monkeypatch.setattr(f"relora_ray.modeling.{module}.missing", lambda name: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda place, **_: config)
@@ -473,3 +522,16 @@ def test_setting_that_changes_the_function_is_one(
 def test_padding_of_llama_is_a_name(folder: Path, tmp_path: Path) -> None:
     edit(folder, pad_token_id=9)
     check(LLAMA, str(folder))
+
+
+def test_weights_alone_give_the_architecture(folder: Path, data: Path, tmp_path: Path) -> None:
+    """A folder's, and a run's export; a run's own folder does not say it."""
+    cfg = check_run(tiny_config(data, tmp_path, model={"init_from": str(folder)}))
+    assert cfg.model.huggingface == str(folder)
+    assert cfg.model.fingerprint
+    assert torch.equal(new_model(cfg).state_dict()[UP], load_file(folder / "model.safetensors")[UP])
+    run(cfg)
+    on = check_run(tiny_config(data, tmp_path, "name=on", model={"init_from": f"{tmp_path}/tiny/model"}))
+    assert torch.equal(new_model(on).state_dict()[UP], load_file(tmp_path / "tiny/model/model.safetensors")[UP])
+    with pytest.raises(ConfigError, match=r"tiny' is a run's folder, which says no architecture .* or give its export"):
+        check_run(tiny_config(data, tmp_path, "name=on", model={"init_from": f"{tmp_path}/tiny"}))

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
 import torch
 import transformers
 import yaml
 
 from relora_ray.config import RunConfig
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.conformance.ours import Crash, state_tensors
+from relora_ray.conformance.processes import run_ranks
 from relora_ray.loop import TrainState, run_attempt
-from relora_ray.metrics import Record, read
-from relora_ray.parallel import World, digest
-from relora_ray.runs import check_run, run_storage
+from relora_ray.modeling.parallel import World, digest
+from relora_ray.runs.metrics import Record, read
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import check_run
+
+T = TypeVar("T")
 
 TINY = """
 name: tiny
@@ -62,6 +68,15 @@ def run(cfg: RunConfig, on_record: Callable[[Record], None] | None = None) -> tu
     return run_attempt(check_run(cfg), World(), on_record=collect), records
 
 
+def run_on(num_ranks: int, cfg: RunConfig) -> None:
+    """One attempt by so many processes, without Ray."""
+    run_ranks(num_ranks, _attempt, cfg)
+
+
+def _attempt(cfg: RunConfig) -> None:
+    run_attempt(check_run(cfg), World.current())
+
+
 def losses(records: list[Record]) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
 
@@ -84,3 +99,20 @@ def assert_loads_as_the_live_model(folder: str, state: TrainState, ids: torch.Te
     with torch.no_grad():
         ours, theirs = state.model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def live(
+    attempt: Callable[[Callable[[Record], None]], T], step: int | None, kind: str
+) -> tuple[T | None, list[Record]]:
+    """One life of a run: what `attempt` returns, which is given an `on_record`, and its records. It ends at the record
+    of this kind and step, and returns nothing then; with None it comes to its end."""
+    life: list[Record] = []
+    crash = crash_at(step, kind) if step is not None else lambda record: None
+
+    def on_record(record: Record) -> None:
+        life.append(record)
+        crash(record)
+
+    with pytest.raises(Crash) if step is not None else nullcontext():
+        return attempt(on_record), life
+    return None, life

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from relora_ray.checkpoint.commit import Commits, Committer, Outcome, Share
-from relora_ray.checkpoint.history import History, existing_step, list_manifests, read_history, read_manifest
+from relora_ray.checkpoint.history import History, best_step, existing_step, list_manifests, read_history, read_manifest
 from relora_ray.checkpoint.manifest import Manifest, Rollback, Setup
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "Saved",
     "Setup",
     "Share",
+    "best_step",
     "existing_step",
     "list_manifests",
     "read_history",

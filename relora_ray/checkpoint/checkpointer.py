@@ -34,8 +34,8 @@ from relora_ray.checkpoint.ownership import refuse_if_superseded
 from relora_ray.checkpoint.parts import PartReader, read_whole_index, write_share
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import CheckpointError, DamagedError, NotSavedError, RankFailedError, ReloraError, StorageError
-from relora_ray.optim import MOMENTS, options, state_tensors
-from relora_ray.parallel import World, as_integers, bit_sums, digest, digest_of_sums
+from relora_ray.modeling.optim import MOMENTS, options, refuse_unknown_options, state_tensors
+from relora_ray.modeling.parallel import World, as_integers, bit_sums, digest, digest_of_sums
 from relora_ray.storage import Storage
 from relora_ray.verdict import in_words, verdict
 
@@ -281,6 +281,7 @@ class Checkpointer:
         """TypeError if an optimizer keeps something in its groups that changes: it would be lost without a word."""
         now = options(optimizer)
         if self._options is None or self._options[0] is not optimizer:
+            refuse_unknown_options(optimizer)
             self._options = optimizer, now
         for before, group in zip(self._options[1], now, strict=True):
             if changed := [name for name in group if group[name] != before.get(name)]:

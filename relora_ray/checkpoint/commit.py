@@ -189,6 +189,7 @@ class Commits:
             line,
             keep_last=self._cfg.keep_last,
             keep_every_steps=self._cfg.keep_every_steps,
+            keep_best=self._cfg.keep_best,
             pinned_steps={*old_steps, *(m.step for m in line if m.path in pinned)},
         )
         folders, on_line = part_folders(self._storage), {m.path for m in line}
@@ -263,8 +264,10 @@ class Commits:
                 self._removed.add(manifest)
             for folder in sorted(set(removal.folders) - needed):
                 self._storage.delete_below(folder)
-            # As long as the head names one of them, a put of it that arrives twice would bring it back on the line.
-            if history.head is None or not set(removal.manifests) & set(history.head.line):
+            # As long as the head names one of them, a put of it that arrives twice would bring it back on the line; and
+            # a manifest that is yet to arrive would be the head, until one of a later attempt is there.
+            named = history.head is not None and bool(set(removal.manifests) & set(history.head.line))
+            if not named and not any(history.would_lead(delta) for delta in removal.deltas):
                 self._storage.delete(path)
 
 

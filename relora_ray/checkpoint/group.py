@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from relora_ray.checkpoint.commit import Commits, Outcome, Share
 from relora_ray.checkpoint.manifest import Rollback
-from relora_ray.parallel import World, broadcast_bytes, gather_bytes
+from relora_ray.modeling.parallel import World, broadcast_bytes, gather_bytes
 
 
 class GroupCommitter:

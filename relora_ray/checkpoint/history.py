@@ -33,6 +33,7 @@ from relora_ray.checkpoint.manifest import (
     Part,
     RunName,
     Step,
+    best_of,
     keep_for_divergence,
     key_of,
     read_record,
@@ -127,6 +128,11 @@ class History:
         """Records of removals that name something which a line needs."""
         names = {m.path for m in line} | needed_folders(line)
         return [path for path, (_, removal) in self.removals.items() if names & {*removal.manifests, *removal.folders}]
+
+    def would_lead(self, checkpoint: CheckpointId) -> bool:
+        """Whether a manifest of it would be the head, if it came now."""
+        path = f"manifests/{checkpoint}.json"
+        return self.head is None or _key(path) > _key(self.head.path)
 
     def path_at(self, step: int) -> str | None:
         return next((path for path in self.line if _key(path)[1] == step), None)
@@ -223,6 +229,18 @@ def existing_step(storage: Storage, step: int | None) -> int:
     if step is not None and step not in steps:
         raise CheckpointError(f"{storage.url} has no checkpoint at step {step}. It has {', '.join(map(str, steps))}.")
     return steps[-1] if step is None else step
+
+
+def best_step(storage: Storage) -> int:
+    """Of the checkpoint with the lowest held-out loss. CheckpointError if none was evaluated."""
+    best = best_of(read_history(storage).read_line()[0])
+    if best is None:
+        raise CheckpointError(
+            f"{storage.url} has no checkpoint whose held-out loss is known: no evaluation fell on one that is kept, or "
+            f"they are of a version that did not record it. Name one by --step; runs with train.eval_every_steps and "
+            f"checkpoint.keep_best=true keep the best."
+        )
+    return best.step
 
 
 def read_manifest(storage: Storage, step: int) -> Manifest:
@@ -345,14 +363,24 @@ def attempt_of_folder(folder: str) -> AttemptKey:
 
 
 def plan_prune(
-    line: Sequence[Manifest], *, keep_last: int, keep_every_steps: int, pinned_steps: Collection[int] = ()
+    line: Sequence[Manifest],
+    *,
+    keep_last: int,
+    keep_every_steps: int,
+    keep_best: bool = False,
+    pinned_steps: Collection[int] = (),
 ) -> list[Manifest]:
     """Which manifests of a line are no longer needed: a pure function. The newest is always kept.
 
     Kept are the newest `keep_last`, those at multiples of `keep_every_steps` and at `pinned_steps`, and those that a
-    run that diverges would go back to.
+    run that diverges would go back to. With `keep_best` so is the best of the line, and what was the best when one of
+    those was stored that the run may go back to: it would be again.
     """
-    kept = {m.step for m in line[-keep_last:]} | set(pinned_steps) | keep_for_divergence(line)
+    kept = {m.step for m in line[-keep_last:]} | keep_for_divergence(line)
+    if keep_best:
+        kept |= {m.counters.best.step for m in line if m.step in kept and m.counters.best is not None}
+        kept |= {m.step for m in [best_of(line)] if m is not None}
+    kept |= set(pinned_steps)
     return [m for m in line if m.step not in kept and not (keep_every_steps and m.step % keep_every_steps == 0)]
 
 

@@ -21,8 +21,8 @@ from relora_ray.checkpoint.ownership import ATTEMPT, AttemptKey, attempt_key
 from relora_ray.errors import ConfigError, DamagedError, StorageError
 from relora_ray.storage import Storage
 
-FORMAT = 5
-READABLE = (2, 3, 4, FORMAT)
+FORMAT = 6
+READABLE = (2, 3, 4, 5, FORMAT)
 MAX_BYTES = 2**26
 """Of one record."""
 
@@ -107,6 +107,17 @@ class Sign(NamedTuple):
     """As `Counters.losses_seen` counts it."""
 
 
+class HeldOut(_Record):
+    """An evaluation."""
+
+    step: Step
+    """Finished updates."""
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    """Per token, in nats."""
+    tokens: Count
+    """How many it is the mean of: losses over another number of tokens are of other text, and no measure."""
+
+
 class Counters(_Record):
     """What a run counts besides steps. Part of the state: a resumed run goes on counting."""
 
@@ -127,6 +138,15 @@ class Counters(_Record):
     """In a row. Only in manifests from before `signs`; read, and then 0."""
     rollbacks: int = 0
     """Of the run, up to this attempt."""
+    held_out: HeldOut | None = None
+    """The last evaluation."""
+    best: HeldOut | None = None
+    """The one with the lowest loss so far, of those over as many tokens as the last."""
+
+    def after_evaluation(self, found: HeldOut) -> Counters:
+        best = self.best
+        is_best = best is None or best.tokens != found.tokens or found.loss < best.loss
+        return self.model_copy(update={"held_out": found, "best": found if is_best else best})
 
     @property
     def has_sign(self) -> bool:
@@ -180,6 +200,12 @@ class Manifest(_Record):
     def key(self) -> tuple[AttemptKey, int]:
         return attempt_key(self.attempt), self.step
 
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The evaluation of this very state; None if there was none."""
+        found = self.counters.held_out
+        return found if found is not None and found.step == self.step else None
+
 
 def key_of(path: str) -> tuple[AttemptKey, int] | None:
     """When a manifest was stored, by its path: attempt, then step. Later ones are greater. None if it is no manifest.
@@ -222,6 +248,14 @@ def _parse(storage: Storage, path: str) -> Manifest:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise DamagedError(f"{storage.url}/{path} is not a readable manifest: {problem}.") from error
     return manifest
+
+
+def best_of(line: Sequence[Manifest]) -> Manifest | None:
+    """The checkpoint with the lowest held-out loss, the first of equal ones; None if none was evaluated: a pure
+    function. Those that were evaluated on as much text as the last are compared."""
+    evaluated = [(m.held_out, m) for m in line if m.held_out is not None]
+    comparable = [(found.loss, m.step, m) for found, m in evaluated if found.tokens == evaluated[-1][0].tokens]
+    return min(comparable, key=lambda item: item[:2])[2] if comparable else None
 
 
 def keep_for_divergence(manifests: Sequence[Manifest]) -> set[int]:

@@ -35,6 +35,8 @@ from relora_ray.storage import Storage
 logger = logging.getLogger(__name__)
 
 TERMS = "terms"
+FIRST_TERM = f"{TERMS}/0001.json"
+"""Written when a run begins."""
 DRIVERS = "drivers"
 BEFORE_TERMS = "driver.json"
 """The sign of life of versions that had no terms."""

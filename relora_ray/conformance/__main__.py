@@ -5,7 +5,6 @@ python -m relora_ray.conformance [--implementation MODULE:CLASS] [--only CHECK .
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import importlib
 import logging
@@ -14,13 +13,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from relora_ray import cli
 from relora_ray.cli import command
-from relora_ray.conformance.implementation import Implementation
-from relora_ray.conformance.ours import Ours
-from relora_ray.conformance.suite import CHECKS, Result, markdown, run_suite
-from relora_ray.data.prepare import Request, prepare
+from relora_ray.commands import shipped
+from relora_ray.config import nearest
 from relora_ray.errors import ConfigError
+
+if TYPE_CHECKING:  # --help must not wait for torch
+    from relora_ray.conformance.implementation import Implementation
+    from relora_ray.conformance.suite import Result
 
 # Bits depend on the number of threads, and two processes share a small machine.
 THREADS = "1"
@@ -28,6 +31,8 @@ THREADS = "1"
 
 def make_data(text: Path, tokenizer: Path, out: Path) -> str:
     """The first 200,000 characters of `text`, a .bz2 file, as a dataset of a few shards."""
+    from relora_ray.data.prepare import Request, prepare
+
     excerpt = out / "excerpt.txt"
     out.mkdir(parents=True, exist_ok=True)
     excerpt.write_text(bz2.decompress(text.read_bytes()).decode()[:200_000])
@@ -46,6 +51,8 @@ def make_data(text: Path, tokenizer: Path, out: Path) -> str:
 
 def load(name: str, configs: Path) -> Implementation:
     if not name:
+        from relora_ray.conformance.ours import Ours
+
         return Ours(configs)
     module, _, attribute = name.partition(":")
     try:
@@ -57,17 +64,26 @@ def load(name: str, configs: Path) -> Implementation:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m relora_ray.conformance", description=__doc__.splitlines()[0], allow_abbrev=False
+    parser = cli.parser(
+        "conformance",
+        (__doc__ or "").splitlines()[0],
+        "",
+        "--implementation my_package.mine:Mine",
+        "--only merge_keeps_the_function",
     )
     parser.add_argument("--implementation", default="", metavar="MODULE:CLASS", help="default: relora_ray's own")
-    parser.add_argument("--only", nargs="+", default=[], choices=[c.id for c in CHECKS], metavar="CHECK")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="the repository's configs/")
+    parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="default: all")
+    parser.add_argument("--configs", type=Path, default=shipped.folder(), help="default: those of the package")
     args = parser.parse_args(argv)
 
     os.environ["OMP_NUM_THREADS"] = THREADS
     import torch
 
+    from relora_ray.conformance.suite import CHECKS, markdown, run_suite
+
+    known = [check.id for check in CHECKS]
+    if unknown := [name for name in args.only if name not in known]:
+        raise ConfigError(f"--only {unknown[0]} is no check.{nearest(unknown[0], known)} They are {', '.join(known)}.")
     torch.set_num_threads(int(THREADS))
     logging.disable(logging.WARNING)  # crashes and NaNs are the point here
 

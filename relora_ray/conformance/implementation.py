@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,14 +19,25 @@ class NotOffered(Exception):
 
 @dataclass(frozen=True)
 class LayerView:
-    """The adapters of one wrapped layer: y = x W^T + scale * (x A^T) B^T. The parameters themselves, not copies or
-    views: the suite writes to them, and reads their `.grad` and their entry in the optimizer's state."""
+    """The adapters of one wrapped layer: y = x (W + update)^T. The parameters themselves, not copies or views: the
+    suite writes to them, and reads their `.grad` and their entry in the optimizer's state. Any form that a merge and
+    reset is for can be seen so; of B A it is `low_rank`."""
 
-    a: nn.Parameter
-    """(r, in)."""
-    b: nn.Parameter
-    """(out, r)."""
-    scale: float
+    drawn: tuple[nn.Parameter, ...]
+    """What a merge draws anew, such as A."""
+    zeroed: tuple[nn.Parameter, ...]
+    """What is zero right after a merge, such as B; the update is linear in all of these together."""
+    update: Callable[[torch.dtype], torch.Tensor]
+    """What the parameters, as they are now, add to W, (out, in), computed in this type."""
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        return (*self.drawn, *self.zeroed)
+
+    @classmethod
+    def low_rank(cls, a: nn.Parameter, b: nn.Parameter, scale: float) -> LayerView:
+        """Of scale * B A: A is (r, in), B is (out, r)."""
+        return cls((a,), (b,), lambda dtype: scale * b.to(dtype) @ a.to(dtype))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _shake_(implementation: Implementation, model: nn.Module) -> None:
     """Adapters as after some training."""
     generator = torch.Generator().manual_seed(3)
     for layer in implementation.layers(model).values():
-        for tensor in (layer.a, layer.b):
+        for tensor in layer.trained:
             tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.3)
 
 
@@ -70,7 +70,7 @@ def first_gradient(implementation: Implementation) -> Outcome:
     model = implementation.wrap(small_llama(), rank=RANK, alpha=ALPHA, seed=SEED)
     model(input_ids=ids(), labels=ids()).loss.backward()
     layers = implementation.layers(model).values()
-    moving = sum(any(t.grad is not None and bool(t.grad.any()) for t in (layer.a, layer.b)) for layer in layers)
+    moving = sum(any(t.grad is not None and bool(t.grad.any()) for t in layer.trained) for layer in layers)
     return f"{moving} of {len(layers)}", moving == len(layers)
 
 
@@ -82,13 +82,16 @@ def merge_function(implementation: Implementation) -> Outcome:
     assert relative_change(before, plain) > 0.1, "the adapters must matter, or this shows nothing"
     implementation.merge(model, seed=SEED, boundary=7)
     change = relative_change(logits(model), before)
-    fresh = all(not layer.b.any() and bool(layer.a.any()) for layer in implementation.layers(model).values())
+    fresh = all(
+        all(bool(t.any()) for t in layer.drawn) and not any(bool(t.any()) for t in layer.zeroed)
+        for layer in implementation.layers(model).values()
+    )
     return f"{change:.1e}" + ("" if fresh else ", adapters not fresh"), change <= 1e-5 and fresh
 
 
 @torch.no_grad()
 def merge_bf16(implementation: Implementation) -> Outcome:
-    """Weights of std 0.02; A and B are drawn so that scale * B A has the named rms; sums in fp64."""
+    """Weights of std 0.02; adapters are drawn so that their update has the named rms; sums in fp64."""
     errors = []
     for rms in (1e-3, 1e-4, 1e-5):
         model: nn.Module = Stack((256, 192))
@@ -99,10 +102,14 @@ def merge_bf16(implementation: Implementation) -> Outcome:
         generator = torch.Generator().manual_seed(0)
         for merge in range(20):
             (layer,) = implementation.layers(model).values()
-            layer.a.copy_(torch.rand(layer.a.shape, generator=generator) * 0.125 - 0.0625)
-            layer.b.copy_(torch.randn(layer.b.shape, generator=generator))
-            layer.b.mul_(rms / (layer.scale * layer.b.float() @ layer.a.float()).square().mean().sqrt())
-            exact += layer.scale * layer.b.double() @ layer.a.double()
+            for tensor in layer.drawn:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.125 - 0.0625)
+            for tensor in layer.zeroed:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            factor = rms / layer.update(torch.float32).square().mean().sqrt()
+            for tensor in layer.zeroed:
+                tensor.mul_(factor)
+            exact += layer.update(torch.float64)
             implementation.merge(model, seed=SEED, boundary=merge + 1)
         applied = implementation.dense(model)["layers.0.weight"].double() - start
         errors.append(float((applied - exact).norm() / exact.norm()))
@@ -127,7 +134,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _adapters(implementation: Implementation, model: nn.Module) -> list[torch.Tensor]:
-    return [tensor for layer in implementation.layers(model).values() for tensor in (layer.a, layer.b)]
+    return [tensor for layer in implementation.layers(model).values() for tensor in layer.trained]
 
 
 def reset_state(implementation: Implementation) -> Outcome:
@@ -165,17 +172,19 @@ def reset_state(implementation: Implementation) -> Outcome:
 
 
 def reset_large(implementation: Implementation) -> Outcome:
-    """`torch.quantile` refuses tensors above 2^24 elements: A here has 2^24 + 1,024."""
+    """`torch.quantile` refuses tensors above 2^24 elements: A, or what is drawn in its place, has 2^24 + 1,024 here."""
     model = implementation.wrap(Stack((2**14 + 1, 1024)), rank=1024, alpha=1024.0, seed=SEED)
     optimizer = implementation.optimizer(model, learning_rate=1e-3, beta2=0.999)
     (layer,) = implementation.layers(model).values()
     for parameter in _parameters(optimizer):
         parameter.grad = torch.zeros_like(parameter)
-    layer.a.grad = torch.linspace(0.5, 1.0, layer.a.numel()).view(layer.a.shape)
-    layer.b.grad = torch.ones_like(layer.b)
+    large = max(layer.drawn, key=torch.Tensor.numel)
+    large.grad = torch.linspace(0.5, 1.0, large.numel()).view(large.shape)
+    for tensor in layer.zeroed:
+        tensor.grad = torch.ones_like(tensor)
     optimizer.step()
     implementation.reset(model, optimizer, kind="magnitude", ratio=0.9, seed=SEED, boundary=7)
-    kept = (optimizer.state[layer.a]["exp_avg"] != 0).flatten()
+    kept = (optimizer.state[large]["exp_avg"] != 0).flatten()
     share = float(kept.double().mean())
     largest = not kept[: int(0.89 * len(kept))].any()
     return f"{share:.4f}", abs(share - 0.1) < 1e-3 and largest
@@ -193,11 +202,12 @@ def reset_jump(implementation: Implementation) -> Outcome:
         _steps(optimizer, generator, 10.0, 190)
         _steps(optimizer, generator, 0.01, 10)
         implementation.reset(model, optimizer, kind=kind, ratio=0.9, seed=SEED, boundary=200)
-        start = [layer.a.detach().clone() for layer in implementation.layers(model).values()]
+        moving = [tensor for layer in implementation.layers(model).values() for tensor in layer.drawn]
+        start = [tensor.detach().clone() for tensor in moving]
         for step in range(1, 11):
             _steps(optimizer, generator, 0.01, 1)
-            for layer, before in zip(implementation.layers(model).values(), start, strict=True):
-                moved = float((layer.a.detach() - before).abs().max()) / (lr * step)
+            for tensor, before in zip(moving, start, strict=True):
+                moved = float((tensor.detach() - before).abs().max()) / (lr * step)
                 if moved > worst:
                     worst, where = moved, f"{kind}, beta2 {beta2}"
     return f"{worst:.2f} ({where})", worst <= 2.0
@@ -215,15 +225,15 @@ def draws_keyed(implementation: Implementation) -> Outcome:
     that is the same at every boundary, or for every layer, is no draw."""
 
     def drawn(boundary: int, state: int) -> list[list[torch.Tensor]]:
-        """A before and after a merge, and the survivors of a random reset."""
+        """What is drawn before and after a merge, and the survivors of a random reset."""
         model, optimizer = _trained(implementation)
-        layers = implementation.layers(model).values()
-        before = [layer.a.detach().clone() for layer in layers]
+        tensors = [tensor for layer in implementation.layers(model).values() for tensor in layer.drawn]
+        before = [tensor.detach().clone() for tensor in tensors]
         torch.manual_seed(state)
         implementation.merge(model, seed=SEED, boundary=boundary)
-        after = [layer.a.detach().clone() for layer in layers]
+        after = [tensor.detach().clone() for tensor in tensors]
         implementation.reset(model, optimizer, kind="random", ratio=0.5, seed=SEED, boundary=boundary)
-        return [before, after, [optimizer.state[layer.a]["exp_avg"] != 0 for layer in layers]]
+        return [before, after, [optimizer.state[tensor]["exp_avg"] != 0 for tensor in tensors]]
 
     first, other_state, other_boundary = drawn(7, 11), drawn(7, 99), drawn(8, 11)
     wrong = {

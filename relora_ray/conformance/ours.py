@@ -17,8 +17,8 @@ from torch import nn
 
 from relora_ray import loop
 from relora_ray.checkpoint import list_manifests, read_manifest
-from relora_ray.config import LoraConfig, OptimizerConfig, ResetConfig, RunConfig
-from relora_ray.config_file import load_config, parse_config
+from relora_ray.config import OptimizerConfig, RunConfig
+from relora_ray.config.file import load_config, parse_config
 from relora_ray.conformance.implementation import (
     Implementation,
     LayerView,
@@ -27,19 +27,18 @@ from relora_ray.conformance.implementation import (
     eval_logits,
     relative_change,
 )
-from relora_ray.methods.lowrank import (
-    adapter_parameters,
-    folded_state_dict,
-    low_rank_layers,
-    merge_all_,
-    redraw_all_,
-    wrap_,
-)
-from relora_ray.metrics import Record
-from relora_ray.optim import build_adamw, prune_state_
-from relora_ray.parallel import World, digest
-from relora_ray.runs import check_run, run_storage
-from relora_ray.schedule import lr_multiplier
+from relora_ray.methods.adapter import adapter_parameters, merge_all_, redraw_all_
+from relora_ray.methods.lowrank.config import LoraConfig, ResetConfig
+from relora_ray.methods.lowrank.layer import folded_state_dict, low_rank_layers, wrap_
+from relora_ray.methods.lowrank.reset import prune_state_
+from relora_ray.modeling import optim
+from relora_ray.modeling.optim import build_adamw
+from relora_ray.modeling.parallel import World, digest
+from relora_ray.modeling.schedule import lr_multiplier
+from relora_ray.runs.batches import Data
+from relora_ray.runs.metrics import Record
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import check_run
 
 PHASES = {"train": "update", "boundary": "boundary", "checkpoint": "checkpoint"}
 
@@ -60,7 +59,7 @@ class Ours(Implementation):
         return model
 
     def layers(self, model: nn.Module) -> dict[str, LayerView]:
-        return {p: LayerView(m.lora_A, m.lora_B, m.scale) for p, m in low_rank_layers(model).items()}
+        return {p: LayerView.low_rank(m.lora_A, m.lora_B, m.scale) for p, m in low_rank_layers(model).items()}
 
     def merge(self, model: nn.Module, *, seed: int, boundary: int) -> None:
         merge_all_(model)
@@ -175,8 +174,8 @@ def _schedule(steps: int, warmup: int, every: int, restart_warmup: int, floor: f
 
 def state_tensors(state: loop.TrainState) -> list[torch.Tensor]:
     """All weights and all optimizer state, sharing their memory."""
-    moments = [t for p in state.model.parameters() for t in state.optimizer.state.get(p, {}).values()]
-    return [t.detach() for t in (*state.model.state_dict().values(), *moments)]
+    kept = optim.state_tensors(state.model, state.optimizer)
+    return [t.detach() for t in (*state.model.state_dict().values(), *kept.values())]
 
 
 @contextlib.contextmanager
@@ -184,7 +183,7 @@ def _recorded_rows(trace: Trace) -> Iterator[None]:
     """Note every row of weight 1 that the loop asks for."""
     original = loop.open_batches
 
-    def open_batches(cfg: RunConfig, world: World) -> loop.Data:
+    def open_batches(cfg: RunConfig, world: World) -> Data:
         data = original(cfg, world)
         take = data.train.step
 
@@ -211,9 +210,9 @@ def _recorded_changes(trace: Trace) -> Iterator[None]:
     """Note how much every boundary changes the function."""
     original = loop._cross_boundary
 
-    def cross(world: World, method: Any, state: loop.TrainState, done: int, *args: Any) -> Any:
-        before = _probe(state.model)
-        result = original(world, method, state, done, *args)
+    def cross(cfg: RunConfig, world: World, method: Any, state: loop.TrainState, *args: Any) -> Any:
+        before, done = _probe(state.model), state.position.step
+        result = original(cfg, world, method, state, *args)
         trace.function_change[done] = relative_change(_probe(state.model), before)
         return result
 
@@ -227,9 +226,9 @@ def poisoned(steps: Collection[int]) -> Iterator[None]:
     original = loop._accumulate_gradients
 
     def accumulate(
-        cfg: RunConfig, world: World, wrapped: nn.Module, batches: Any, step: int, wish: bool
+        cfg: RunConfig, world: World, wrapped: nn.Module, batches: Any, step: int, wish: bool, extra: Any = None
     ) -> tuple[float, bool]:
-        loss, wished = original(cfg, world, wrapped, batches, step, wish)
+        loss, wished = original(cfg, world, wrapped, batches, step, wish, extra)
         if step not in steps:
             return loss, wished
         for parameter in wrapped.parameters():
@@ -256,9 +255,11 @@ def _reduced(cfg: RunConfig, spec: Spec) -> list[str]:
         "checkpoint.keep_every_steps=0",
     ]
     warm = 0
-    if isinstance(cfg.method, LoraConfig):
+    if not isinstance(cfg.method, LoraConfig):
+        overrides += [f"method.{key}={value}" for key, value in cfg.method.tiny.items()]
+    else:
         warm = 2 if cfg.method.warm_start_steps else 0
         overrides += ["method.lora_rank=4", f"method.warm_start_steps={warm}"]
-    if cfg.merge_every_steps:
+    if cfg.merges:
         overrides += ["method.merge_every_steps=2", "schedule.restart_warmup_steps=1"]
     return [*overrides, f"steps={warm + 4}"]

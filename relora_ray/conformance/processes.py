@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def _main(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=120),
         )
-        results.put((rank, function(*args), None))
+        # As bytes: the queue itself would share a tensor's memory, which this process may have left before it is read.
+        results.put((rank, pickle.dumps(function(*args)), None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -64,7 +66,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             for _ in processes:
                 rank, value, error = results.get(timeout=300)
                 assert error is None, f"rank {rank}:\n{error}"
-                gathered[rank] = value
+                gathered[rank] = pickle.loads(value)
         finally:
             for process in processes:
                 process.join(30)

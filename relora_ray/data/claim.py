@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from relora_ray.checkpoint.owner import Hold, owning
 from relora_ray.checkpoint.ownership import PATIENCE_S, refuse_if_taken_over
 from relora_ray.data.encode import WORK
 from relora_ray.errors import DataError, RunBusyError, SupersededError
-from relora_ray.runtime.owner import Hold, owning
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ DataError.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import lzma
@@ -15,7 +16,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
@@ -105,6 +106,8 @@ def _unreadable(name: str, what: str, error: Exception) -> DataError:
 def _reason(error: Exception) -> str:
     if isinstance(error, EOFError) or "Truncated" in str(error):
         return f"it is cut off ({error}). Fetch it again."
+    if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in str(error):  # its first bytes were those of one
+        return "it has something else behind its compressed data. Fetch it again, or unpack it and look at its end."
     if "requires too much memory" in str(error):
         return "it was compressed with a long window. Give it as a stream: zstd -d --long=31 -c FILE | ... prepare -."
     if isinstance(error, UnicodeError):
@@ -186,7 +189,24 @@ def _document(lines: list[str], name: str, first: int) -> Iterator[Item]:
         yield text
 
 
+class _KeyTwice(Exception):
+    """A record has two texts."""
+
+
+def _one_text(text_field: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Makes a dict of a JSON object. Python's own takes the last of two equal keys without a word."""
+
+    def record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and [key for key, _ in pairs].count(text_field) > 1:
+            raise _KeyTwice(f"has {text_field!r} twice. Which one is meant is not known: keep one.")
+        return found
+
+    return record
+
+
 def _lines(file: TextIO, name: str, text_field: str) -> Iterator[Item]:
+    one_text = _one_text(text_field)
     for number, line in enumerate(file, 1):
         content, where = line.removeprefix("\ufeff"), f"{name}:{number}"
         if not content.strip():
@@ -195,7 +215,9 @@ def _lines(file: TextIO, name: str, text_field: str) -> Iterator[Item]:
             yield Problem(where, flaw[1])
             continue
         try:
-            record = json.loads(content)
+            record = json.loads(content, object_pairs_hook=one_text)
+        except _KeyTwice as error:
+            yield Problem(where, str(error))
         except (ValueError, RecursionError) as error:
             yield Problem(
                 where,
@@ -207,7 +229,7 @@ def _lines(file: TextIO, name: str, text_field: str) -> Iterator[Item]:
 
 def _array(file: TextIO, name: str, text_field: str) -> Iterator[Item]:
     """Of one JSON array, which need not fit into memory as a whole."""
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    decoder, space = json.JSONDecoder(object_pairs_hook=_one_text(text_field)), re.compile(r"\s*")
     buffer, at, number, ended = file.read(2**20).removeprefix("\ufeff"), 0, 0, False
 
     def more() -> bool:
@@ -232,6 +254,8 @@ def _array(file: TextIO, name: str, text_field: str) -> Iterator[Item]:
                 record, end = decoder.raw_decode(buffer, at)
                 if end < len(buffer) or ended:
                     break
+            except _KeyTwice as error:
+                raise DataError(f"{name}, record {number} {error}") from error
             except ValueError as error:
                 if ended:
                     raise DataError(f"{name}, record {number} is not JSON: {error}.") from error
@@ -258,6 +282,12 @@ def _table(file: TextIO, name: str, text_field: str, form: str) -> Iterator[Item
     if header is None:
         return
     if header.count(text_field) != 1:
+        separator = next((s for s in ";|\t" if len(header) == 1 and s in header[0]), None)
+        if separator is not None:
+            raise DataError(
+                f"{name} has one column in its first line, {header[0][:80]!r}, as if {separator!r} stood between "
+                f"columns. Write it with commas, or with tabs as a .tsv."
+            )
         raise DataError(
             f"{name} has {header.count(text_field) or 'no'} columns {text_field!r} in its first line, which names "
             f"{', '.join(header[:20])[:200]}. Set --text-field, or give --format text if it is no table."
@@ -377,8 +407,8 @@ def _flaw(text: str, *, raw: bool) -> tuple[int, str] | None:
         code = ord(text[error.start])
         if raw and 0xDC80 <= code <= 0xDCFF:
             return error.start, (
-                f"is not UTF-8: it has the byte 0x{code - 0xDC00:02x}. Convert the file: iconv -f "
-                f"WINDOWS-1252 -t UTF-8, if it is that."
+                f"is not UTF-8: it has the byte 0x{code - 0xDC00:02x}. Convert the file, such as by "
+                f"iconv -f WINDOWS-1252 -t UTF-8 (GB18030 and SHIFT_JIS are usual for Chinese and Japanese)."
             )
         return error.start, f"has half a character, the lone surrogate \\u{code:04x}."
     if raw and "\0" in text:

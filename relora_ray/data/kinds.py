@@ -218,9 +218,10 @@ _NOT_READ = (
     (rb"\xff\x06\0\0sNaPpY", "compressed by snappy"), (rb"\x93NUMPY", "an array of numpy"),
     (rb"SQLite format 3\0", "an SQLite database"), (rb"\x89HDF\r\n", "an HDF5 file"), (rb"WARC/\d", "a web archive"),
     (rb"(?s).{257}ustar", "a tar archive"), (rb"[0-9a-f]{32,128} [ *]\S+\r?\n", "a list of checksums"),
-    (rb"version https://git-lfs", "a pointer of git-lfs, not the file itself (git lfs pull)"),
+    (rb"(?s).*?\x1b\$[@AB]", "text in ISO-2022, a Japanese or Chinese encoding (iconv -f ISO-2022-JP -t UTF-8)"),
     (rb"(?i)\s*<(\?xml|!doctype|html|mediawiki)\b", "markup (XML or HTML)"),
 )  # fmt: skip
+_NOT_UNPACKED = re.compile(r"(?i)\.(br|lz4|lzo|lz|snappy|sz)$")
 _JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([{"\]]|\[\s*[\[{"\d-]|-?\d[\d.]*\s*,\s*-?\d|$))')
 """The beginning of an object or an array. Not {{Infobox, [[File:, [1] or [Illustration], with which texts begin."""
 
@@ -229,6 +230,10 @@ def _form(head: bytes, name: str) -> str:
     """What the content is; DataError if it is nothing that is read."""
     if head.startswith(b"PAR1"):
         return "parquet"
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{name} is a pointer of git-lfs, not the file itself. Get that: git lfs pull.")
+    if (compressed := _NOT_UNPACKED.search(name)) is not None:
+        raise DataError(f"{name} is compressed ({compressed[0]}), which is not read. Unpack it, or use gzip.")
     for magic, what in _NOT_READ:
         if re.match(magic, head):
             raise DataError(

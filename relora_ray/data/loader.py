@@ -11,7 +11,7 @@ import torch
 from relora_ray.data.order import Indices, rank_slots, step_rows
 from relora_ray.data.tokens import TokenRows
 from relora_ray.errors import DataError
-from relora_ray.parallel import World
+from relora_ray.modeling.parallel import World
 
 
 @dataclass(frozen=True)

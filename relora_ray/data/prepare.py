@@ -15,7 +15,6 @@ One process owns --out, as a driver owns a run (checkpoint/ownership.py): anothe
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -24,12 +23,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from relora_ray import cli
 from relora_ray.cli import command
-from relora_ray.data.claim import Claim, claiming, refuse_if_used
 from relora_ray.data.documents import FORMATS, Reading, read_documents
 from relora_ray.data.encode import (
     SPLITS,
@@ -66,6 +65,9 @@ from relora_ray.storage import Storage, add_options_argument, parse_options
 DEFAULT_FRACTION = 0.005
 _ENOUGH_CHARACTERS = 1_000_000
 """From so many on, the share of lost ones says something."""
+
+if TYPE_CHECKING:
+    from relora_ray.data.claim import Claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ def prepare_with_notes(request: Request, *, quiet: bool = False) -> Prepared:
     _check(request)
     request = replace(request, out=os.path.expanduser(request.out))
     storage = Storage(request.out, parse_options(request.storage_option))
+    from relora_ray.data.claim import claiming, refuse_if_used  # --help must not wait for it
+
     refuse_if_used(storage)
     sources = _sources(request)
     tokenizer = load_tokenizer(request.tokenizer)
@@ -335,8 +339,11 @@ def _check_lost(request: Request, parts: Sequence[Part]) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m relora_ray.data.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
+    parser = cli.parser(
+        "prepare",
+        (__doc__ or "").splitlines()[0],
+        "books/*.txt --out data/books --tokenizer tokenizer",
+        "'s3://bucket/c4/*.json.gz' --out s3://bucket/data/c4 --tokenizer t5-base",
     )
     default = Request(sources=(), out="", tokenizer="")
     add = parser.add_argument
@@ -390,9 +397,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SHARE",
         help="of characters that may be unknown to the tokenizer or dropped by it; default: 0.01",
     )
-    add("--shard-tokens", type=int, default=default.shard_tokens)
+    add("--shard-tokens", type=int, default=default.shard_tokens, help="tokens of each shard but the last")
     add("--batch-mb", type=float, default=default.batch_mb, help="millions of characters per unit of work")
-    add("--num-workers", type=int, default=default.num_workers)
+    add("--num-workers", type=int, default=default.num_workers, help="processes that tokenize")
     add_options_argument(parser)
     add(
         "--source-option",

@@ -5,7 +5,6 @@ python -m relora_ray.data.tokenizer TEXT... --out FOLDER --vocab-size 2048
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -14,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from relora_ray import cli
 from relora_ray.cli import command
-from relora_ray.errors import DataError
+from relora_ray.errors import DataError, first_words
 from relora_ray.hub import missing
 
 END_TOKEN = "<|endoftext|>"
@@ -36,7 +36,7 @@ def load_tokenizer(name: str) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # OSError, ValueError, and bare Exception from the Rust side
         raise DataError(
-            f"tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a Hugging Face folder, a "
+            f"tokenizer {name!r} cannot be loaded: {first_words(error)} Give a Hugging Face folder, a "
             f"tokenizer.json, or a hub name."
         ) from error
     if not tokenizer.is_fast:
@@ -190,13 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from relora_ray.data.sources import find_sources
     from relora_ray.storage import add_options_argument, parse_options
 
-    parser = argparse.ArgumentParser(
-        prog="python -m relora_ray.data.tokenizer", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = cli.parser("tokenizer", (__doc__ or "").splitlines()[0], "books/*.txt --out tokenizer --vocab-size 8192")
     parser.add_argument("text", nargs="+", help="sources as those of python -m relora_ray.data.prepare")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, the special ones included")
+    parser.add_argument("--text-field", default="text", help="field or column of the text")
     parser.add_argument("--format", dest="form", choices=FORMATS, default="", help="instead of looking at the content")
     add_options_argument(parser)
     args = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Which matrices of a model get adapters, and which cannot have any."""
+"""Which matrices of a model a method is for, and which it cannot have."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from relora_ray.config import LoraConfig
+from relora_ray.config.method import OnBlocks
+from relora_ray.config.planned import all_values
 from relora_ray.errors import ConfigError
-from relora_ray.plan import all_values
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +47,22 @@ class Targets:
             )  # fmt: skip
 
 
-def find_targets(model: nn.Module, cfg: LoraConfig) -> Targets:
-    """What `cfg` puts adapters on. ConfigError for a name that matches nothing, a rank above the smaller side of a
-    layer that is named or of all of them, and a model that has nothing to put adapters on."""
-    linears, stacks = dict(block_linears(model)), dict(block_stacks(model))
-    names = {path.rpartition(".")[2] for path in (*linears, *stacks)}
+def find_targets(model: nn.Module, cfg: OnBlocks, *, stacks: bool = True) -> Targets:
+    """What `cfg` is for; without `stacks`, linear layers only. ConfigError for a name that matches nothing, a rank
+    above the smaller side of a layer that is named or of all of them, and a model that has nothing it could be for."""
+    linears, experts = dict(block_linears(model)), dict(block_stacks(model))
+    names = {path.rpartition(".")[2] for path in (*linears, *experts)}
     asked = () if cfg.target_modules == "all-linear" else cfg.target_modules
     for key, given in (("target_modules", asked), ("leave_out", cfg.leave_out)):
-        if unknown := [name for name in given if not any(_is_called(path, name) for path in (*linears, *stacks))]:
+        if unknown := [name for name in given if not any(_is_called(path, name) for path in (*linears, *experts))]:
             raise ConfigError(
                 f"method.{key} has {min(unknown)!r}, which is the last path segment of no linear layer in the blocks "
                 f"of {type(model).__name__}. Its linear layers and stacks of experts are {', '.join(sorted(names))}."
             )
     if not names:
-        raise ConfigError(f"{type(model).__name__} has no linear layers inside its blocks: nothing to put adapters on.")
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layers inside its blocks, which method.kind={cfg.kind} is for."
+        )
     found = Targets()
     users = _users(model)
     by_weight: dict[int, list[str]] = {}
@@ -68,9 +70,12 @@ def find_targets(model: nn.Module, cfg: LoraConfig) -> Targets:
         by_weight.setdefault(id(linear.weight), []).append(path)
     for paths in by_weight.values():
         _judge_linear(found, cfg, linears, paths, users[id(linears[paths[0]].weight)])
-    for path, stack in stacks.items():
-        _judge_stack(found, cfg, path, stack, users[id(stack)])
-    found.left |= _other_matrices(model, found, {*linears, *stacks})
+    for path, stack in experts.items():
+        if stacks:
+            _judge_stack(found, cfg, path, stack, users[id(stack)])
+        else:
+            found.left[path] = f"{cfg.kind} is for linear layers only"
+    found.left |= _other_matrices(model, found, {*linears, *experts})
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.sizes[name] = found.sizes[name.removesuffix(".weight")] = parameter.numel()
     if not found.linears and not found.stacks:
@@ -79,9 +84,15 @@ def find_targets(model: nn.Module, cfg: LoraConfig) -> Targets:
     return found
 
 
+def put_(model: nn.Module, paths: Iterable[str], layer: nn.Module) -> None:
+    """Have `layer` at all these paths: those of layers that share one weight."""
+    for path in paths:
+        model.set_submodule(path, layer)
+
+
 def _judge_linear(
     found: Targets,
-    cfg: LoraConfig,
+    cfg: OnBlocks,
     linears: dict[str, nn.Linear | Conv1D],
     paths: list[str],
     users: set[str],
@@ -103,7 +114,7 @@ def _judge_linear(
         found.linears.append(tuple(paths))
 
 
-def _judge_stack(found: Targets, cfg: LoraConfig, path: str, stack: nn.Parameter, users: set[str]) -> None:
+def _judge_stack(found: Targets, cfg: OnBlocks, path: str, stack: nn.Parameter, users: set[str]) -> None:
     reason = _not_asked_for(cfg, [path], stack)
     if not reason and users != {path.rpartition(".")[0]}:
         reason = "several modules share the parameter"
@@ -114,7 +125,7 @@ def _judge_stack(found: Targets, cfg: LoraConfig, path: str, stack: nn.Parameter
         found.stacks.append(path)
 
 
-def _not_asked_for(cfg: LoraConfig, paths: list[str], weight: torch.Tensor) -> str:
+def _not_asked_for(cfg: OnBlocks, paths: list[str], weight: torch.Tensor) -> str:
     def named(names: tuple[str, ...]) -> bool:
         return any(_is_called(path, name) for path in paths for name in names)
 
@@ -130,16 +141,16 @@ def _is_called(path: str, name: str) -> bool:
     return f".{path}".endswith(f".{name}")
 
 
-def _too_narrow(cfg: LoraConfig, path: str, shape: tuple[int, ...]) -> str:
-    largest, side = max(all_values(cfg.lora_rank)), min(shape)
+def _too_narrow(cfg: OnBlocks, path: str, shape: tuple[int, ...]) -> str:
+    largest, side = max(all_values(cfg.ranks)), min(shape)
     if largest <= side:
         return ""
     if cfg.target_modules != "all-linear":
         raise ConfigError(
-            f"method.lora_rank={cfg.lora_rank} is more than {side}, the smaller side of {path} {shape}. Use a rank of "
+            f"method.{cfg.rank_key}={cfg.ranks} is more than {side}, the smaller side of {path} {shape}. Use a rank of "
             f"at most {side}, or take {path.rpartition('.')[2]} out of method.target_modules."
         )
-    return f"their smaller side is less than method.lora_rank={cfg.lora_rank}"
+    return f"their smaller side is less than method.{cfg.rank_key}={cfg.ranks}"
 
 
 @torch.no_grad()

@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import logging
 import multiprocessing
 import os
 import queue
-import resource
 import signal
 import socket
 import struct
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from pathlib import Path
@@ -34,8 +31,8 @@ from ray.train.backend import Backend, BackendConfig
 
 import relora_ray
 from relora_ray.config import ClusterConfig
-from relora_ray.config_file import parse_config
-from relora_ray.runtime import prefork
+from relora_ray.config.file import parse_config
+from relora_ray.runtime import prefork, server
 from relora_ray.runtime.messages import Kind, Member, Start
 from relora_ray.runtime.orders import Order
 from relora_ray.verdict import in_words, verdict
@@ -44,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 TRAIN = "relora_ray.runtime.trainer:train"
 """What the process that trains does."""
-PRELOAD = ("relora_ray.runtime.trainer", "transformers.models.llama.modeling_llama", "s3fs", "aiobotocore.session")
 CHECK_S = 0.5
 STACK_LINES = 30
 MAX_STACKS = 10_000_000
@@ -71,10 +67,11 @@ class _SharedDevices(Backend):
 
 
 def run_agent(job: dict[str, Any]) -> None:
-    """`job`: "config" (the run's YAML) and "coordinator" (its actor handle). Returns at the end of the run."""
+    """`job`: "config" (the run's YAML), "coordinator" (its actor handle) and "server" (the address of one that forks
+    processes, asked before this machine's own; or ""). Returns at the end of the run."""
     coordinator, train = job["coordinator"], ray.train.get_context()
     try:
-        _serve(coordinator, job["config"], train)
+        _serve(coordinator, job["config"], train, job.get("server", ""))
     except Exception as error:  # Ray would start the worker group again for ever, whatever it was
         told = in_words(error), verdict(error)
         with contextlib.suppress(ray.exceptions.RayError):
@@ -84,7 +81,7 @@ def run_agent(job: dict[str, Any]) -> None:
         raise
 
 
-def _serve(coordinator: Any, config: str, train: Any) -> None:
+def _serve(coordinator: Any, config: str, train: Any, at: str) -> None:
     """Join attempt after attempt, until the run ends."""
     cfg = parse_config(config)
     group = ray.util.get_current_placement_group()
@@ -102,11 +99,12 @@ def _serve(coordinator: Any, config: str, train: Any) -> None:
                 host=host,
                 port=listener.getsockname()[1],
                 step=step,
+                code=_digest_of_code(),
             )
             start: Start | None = ray.get(coordinator.join.remote(member))
             if start is None:
                 return
-            watch = _Watch(coordinator, start, cfg.cluster, config, listener)
+            watch = _Watch(coordinator, start, cfg.cluster, config, listener, at)
         if watch.run():
             return
         step = watch.step
@@ -116,15 +114,22 @@ class _Watch:
     """One attempt's process on this rank, from its start to its end."""
 
     def __init__(
-        self, coordinator: Any, start: Start, cluster: ClusterConfig, config: str, listener: socket.socket
+        self,
+        coordinator: Any,
+        start: Start,
+        cluster: ClusterConfig,
+        config: str,
+        listener: socket.socket,
+        at: str = "",
     ) -> None:
         """`listener`: where the ranks meet if this is rank 0. The process gets it and a file for its stacks, which has
-        no name, so that nothing stays behind."""
+        no name, so that nothing stays behind. `at`: of a server, see `run_agent`."""
         self._coordinator, self._start = coordinator, start
         self._silence_s, self._stall_s = cluster.silence_timeout_s, cluster.stall_timeout_s
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115
         self._connection, theirs = multiprocessing.Pipe()
-        self._process = prefork.spawn(_key(), PRELOAD, theirs, TRAIN, config, start, _device(cluster.gpus_per_worker))
+        device = _device(cluster.gpus_per_worker)
+        self._process = server.spawn(theirs, TRAIN, config, start, device, first=at)
         with contextlib.suppress(OSError):  # it has ended already: that will be seen
             for given in (self._stacks, listener):
                 reduction.send_handle(self._connection, given.fileno(), self._process.pid)
@@ -258,63 +263,12 @@ class _Watch:
         return "\n".join((main or before).splitlines()[1:STACK_LINES])
 
 
-def warm_up() -> None:
-    """Have everything imported on this machine before there is an agent. Returns when it is."""
-    prefork.warm(_key(), PRELOAD)
-
-
-def _key() -> str:
-    """Of the server that forks the processes that train: agents share one, of other jobs too, that have the same files
-    and rights, code and environment. A driver that is started again finds it with everything imported."""
-    environment = [(name, value) for name, value in sorted(os.environ.items()) if not prefork.OF_ONE_ASKER.match(name)]
-    files = sorted({*_code(), *_fsspecs_settings()})
-    return hashlib.sha256(repr((_inherited(), [_state_of(path) for path in files], environment)).encode()).hexdigest()
-
-
-def _inherited() -> list[Any]:
-    """What a process has from the one that forked it, and cannot always give itself: containers (which may share a
-    network), rights, limits, processors."""
-    kept = ("Umask", "Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Cpus_allowed:", "Mems_allowed:")
-    status = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kept)]
-    spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid", "user", "net", "ipc", "cgroup")]
-    limits = [
-        resource.getrlimit(getattr(resource, name)) for name in sorted(dir(resource)) if name.startswith("RLIMIT")
-    ]
-    own = [Path(f"/proc/self/{name}").read_text() for name in ("cgroup", "oom_score_adj")]
-    root = os.stat("/")
-    priority = (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))
-    return [spaces, status, limits, own, priority, (root.st_dev, root.st_ino)]
-
-
-def _code() -> Iterator[str]:
-    """Files and folders that change with what the server has imported: for packages that were installed the folder in
-    which an installation changes something, for others all their files."""
-    folders = {"relora_ray": os.path.dirname(relora_ray.__file__)}
-    for name in ("torch", *(module.partition(".")[0] for module in PRELOAD)):
-        if (found := importlib.util.find_spec(name)) and found.origin:
-            folders.setdefault(name, os.path.dirname(found.origin))
-    for name, folder in folders.items():
-        above = os.path.dirname(folder)
-        if not os.path.isdir(folder) or (name != "relora_ray" and above.endswith("-packages")):  # it is in an archive
-            yield above
-        else:
-            for at, _, files in os.walk(folder, followlinks=True):
-                yield from (os.path.join(at, file) for file in files if file.endswith(".py"))
-
-
-def _fsspecs_settings() -> Iterator[str]:
-    """It reads them once, when it is imported."""
-    folder = os.environ.get("FSSPEC_CONFIG_DIR", os.path.expanduser("~/.config/fsspec"))
-    with contextlib.suppress(OSError):
-        yield from (os.path.join(folder, name) for name in os.listdir(folder))
-
-
-def _state_of(path: str) -> tuple[Any, ...]:
-    try:
-        found = os.stat(path)
-    except OSError:  # an editor's lock that leads nowhere, or removed since
-        return (path,)
-    return (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+def _digest_of_code() -> str:
+    """Of what this package's files on this machine say."""
+    digest, folder = hashlib.sha256(), Path(relora_ray.__file__).parent
+    for path in sorted(folder.rglob("*.py")) if folder.is_dir() else ():  # an archive has one version for all
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _ended_how(code: int) -> str:

@@ -27,14 +27,14 @@ from relora_ray.checkpoint import Commits, Outcome, Share
 from relora_ray.checkpoint.commit import LAST_WORDS_S
 from relora_ray.checkpoint.manifest import Rollback
 from relora_ray.checkpoint.ownership import Term, succeed
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.errors import ReloraError, SupersededError
-from relora_ray.places import run_storage
 from relora_ray.replicas import disagreement
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.tally import ProgressLog
 from relora_ray.runtime.failures import Failures
-from relora_ray.runtime.messages import Arrival, Cause, Event, Kind, Member, Start, log_event
+from relora_ray.runtime.messages import Arrival, Cause, Event, Kind, Member, Start, log_event, waiting_event
 from relora_ray.runtime.orders import Order, Orders
-from relora_ray.tally import ProgressLog
 
 MAX_EVENTS = 100_000
 """What nobody fetches is forgotten, the oldest first."""
@@ -108,10 +108,14 @@ class Coordinator:
             self._last_step = max(self._last_step, member.step)
         gathering = self._gathering
         gathering.members[member.rank] = member
+        self._events.append(waiting_event(f"workers, {len(gathering.members)} of {member.size} there"))
         if len(gathering.members) == 1:
             asyncio.get_running_loop().call_later(GATHER_S, self._say_who_is_missing, gathering, member.size)
         if len(gathering.members) == member.size and not gathering.full:
             gathering.full = True
+            if odd := _of_other_code(gathering.members):
+                self._give_up(odd)
+                return None
             await self._begin(gathering)
         await gathering.decided.wait()
         return gathering.starts.get(member.rank)
@@ -130,8 +134,9 @@ class Coordinator:
             self._members = self._attempt.members
             self._cause, self._gathering = None, _Gathering()
             about = {"attempt": self._latest, "world_size": self._attempt.size, "cause": self._attempt.cause.text}
-            self._tally({"kind": "begin"} | about)
+            self._show({"kind": "begin"} | about)
             gathering.begin(self._latest, self._attempt.cause, secrets.token_hex(16))
+            self._events.append(waiting_event("processes that train"))
 
     async def _own(self) -> None:
         """Take the next term, if this actor is in the place of one that died."""
@@ -151,6 +156,7 @@ class Coordinator:
             missing = sorted(set(range(size)) - gathering.members.keys())
             self.warn(f"the next attempt waits for ranks {missing}: their agents did not come in {GATHER_S:.0f} s")
 
+    @ray.method(enable_task_events=False)  # under way when its worker ends, which Ray would show as a failed task
     async def watch(self, attempt: str, seen: Order) -> Order:
         """What the ranks of an attempt are told, as soon as it is not what was `seen`."""
         if (mine := self._find(attempt)) is None:
@@ -260,7 +266,7 @@ class Coordinator:
                 self._cause = cause
             return
         self._stop()
-        self._tally({"kind": "lost", "attempt": ended.name, "cause": (self._cause or cause).text})
+        self._show({"kind": "lost", "attempt": ended.name, "cause": (self._cause or cause).text})
         if self._cause is not None:  # it ends for a resize
             return
         self._cause = cause
@@ -473,11 +479,11 @@ class Coordinator:
 
     # Events.
 
+    @ray.method(enable_task_events=False)  # as may this, for which nobody waits
     def tell(self, attempt: str, event: Event) -> None:
         if (mine := self._find(attempt)) is None:
             return
-        self._events.append(event)
-        self._tally(event)
+        self._show(event)
         if event["kind"] == "attempt":
             mine.from_step = event["step"]
         if event["kind"] == "train":
@@ -508,6 +514,11 @@ class Coordinator:
         if attempt.trained:
             self._events.append(page)
         self._put_page(f"restarts/{attempt.name}.json", page)
+
+    def _show(self, event: Event) -> None:
+        """To the driver, and to those who look at storage."""
+        self._events.append(event)
+        self._tally(event)
 
     def _tally(self, event: Event) -> None:
         if self._progress is not None:
@@ -639,6 +650,18 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._hand_on(record.getMessage())
+
+
+def _of_other_code(members: dict[int, Member]) -> str:
+    """What is wrong if not all ranks have the same files of this package: they would not compute the same."""
+    first = members[0]
+    odd = next((m for _, m in sorted(members.items()) if m.code != first.code), None)
+    if odd is None:
+        return ""
+    return (
+        f"rank {odd.rank} on {odd.host} has other files of relora_ray ({odd.code}) than rank 0 on {first.host} "
+        f"({first.code}). Install one version on all machines, and start again when no file changes any more."
+    )
 
 
 def _nodes(members: dict[int, Member]) -> set[str]:

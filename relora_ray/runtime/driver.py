@@ -1,51 +1,39 @@
 """The driver: checks, a Ray, the coordinator, Ray Train, and what a person sees meanwhile.
 
-Everything that can be refused is refused before Ray starts: see `preflight`.
+What can be refused without a Ray has been, by preflight.py. Torch is not imported here.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relora_ray import config as rc
 from relora_ray.checkpoint import list_manifests
-from relora_ray.config_file import to_yaml
-from relora_ray.errors import ConfigError, RunBusyError, RunFailedError, StoppedError
-from relora_ray.loop import open_batches
-from relora_ray.methods import build_method
-from relora_ray.parallel import World
-from relora_ray.runs import (
-    bare_model,
-    begin,
-    check_embedding,
-    check_export,
-    check_init_from,
-    check_run,
-    find_architecture,
-    run_storage,
-)
+from relora_ray.checkpoint.owner import owning
+from relora_ray.config.file import to_yaml
+from relora_ray.errors import RunBusyError, RunFailedError
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import begin, check_run
+from relora_ray.runs.sinks import listening
 from relora_ray.runtime import elastic
 from relora_ray.runtime.address import cluster_address, refuse_if_dead
 from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
-from relora_ray.runtime.messages import Event, log_event
-from relora_ray.runtime.owner import owning
-from relora_ray.storage import Storage
-from relora_ray.trial import try_architecture
+from relora_ray.runtime.gauges import gauges
+from relora_ray.runtime.messages import Event, log_event, waiting_event
+from relora_ray.runtime.own_ray import OwnRay, cpus_for, in_short
+from relora_ray.runtime.stopping import storing_at_a_signal
 
 logger = logging.getLogger(__name__)
 
@@ -56,43 +44,22 @@ DRAIN_S = 30.0
 """A coordinator that does not say what there is to show within this is asked again."""
 START_S = 300.0
 """The coordinator has started within this."""
-STOP_S = 600.0
-"""At most for the last save. Whoever says stop usually waits less, and then says SIGKILL."""
 
 
-def preflight(cfg: rc.RunConfig) -> rc.RunConfig:
-    """Check all that can be checked without Ray; returns the config as it will run. Writes nothing. Raises ReloraError.
-
-    Local paths become absolute, because workers run in folders of their own.
-    """
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in cfg.storage and not os.path.isabs(cfg.storage):
-        raise ConfigError(
-            f"storage={cfg.storage!r} is relative, and a Ray job's working directory is a copy that goes away. Give an "
-            f"absolute path that all machines share, or a URL."
-        )
-    if not ray.is_initialized():
-        cluster_address()
-    cfg = _with_absolute_paths(cfg)
-    open_batches(cfg, World())
-    cfg = check_run(cfg)
-    check_export(cfg)
-    if cfg.model.init_from and not list_manifests(run_storage(cfg)):  # else it is not read again
-        check_init_from(cfg, bare_model(cfg, device="meta"))
-    if cfg.model.llama is None:  # LLaMA is known; others are tried out small, and wrapped at their size
-        try_architecture(cfg, find_architecture(cfg))
-        shell = bare_model(cfg, device="meta")
-        check_embedding(cfg, shell)
-        build_method(cfg).adapt(shell, cfg.steps)
-    return cfg
-
-
-def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:
+def run(
+    cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False, own_ray: OwnRay | None = None, server: str = ""
+) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
     RunBusyError before anything is written, unless it is to `wait` for the other driver's end, and StoppedError after
-    SIGTERM, KeyboardInterrupt after SIGINT."""
+    a signal, when the state is stored; KeyboardInterrupt after SIGINT if there is nothing to store.
+
+    `cfg`: as `preflight` returned it. `own_ray`: the local one, if it has been begun to start. `server`: the address of
+    one that forks processes on this machine, for a local Ray's workers; see server.py."""
     refuse_dead_cluster()  # before anything is claimed
-    with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg):
+    on_event(waiting_event("the run's folder, and Ray"))
+    with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg, own_ray) as is_own:
         cfg = begin(cfg, hold.term)
+        on_event(waiting_event("the coordinator"))
         _say_what_is_missing(cfg, on_event)
         _say_if_drivers_cannot_be_told_apart(cfg, on_event)
         # On the driver's own node: without this, Ray may put it on a spot machine.
@@ -102,17 +69,27 @@ def run(cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False) -> None:
             ray.get(coordinator.fatal.remote(), timeout=START_S)
         except ray.exceptions.RayError as error:
             raise RunFailedError(f"the coordinator cannot start on the driver's node: {error}") from error
+        on_event(waiting_event(f"workers, 0 of {cfg.cluster.workers} there"))
         hold.when_lost(lambda reason: coordinator.supersede.remote(reason))
+
+        def say(text: str) -> None:
+            on_event(log_event("driver", text))
+
         try:
-            with _watching(coordinator, on_event), _saving_when_told_to_stop(coordinator, run_storage(cfg)):
-                _fit(cfg, coordinator)
+            with (
+                listening(cfg, on_event, say=say, openers=[gauges(cfg)]) as tell,
+                _watching(coordinator, tell),
+                storing_at_a_signal(coordinator, run_storage(cfg), on_event),
+            ):
+                tell({"kind": "term", "number": hold.term.number})
+                _fit(cfg, coordinator, server if is_own else "", is_own=is_own)
         except RunFailedError:
             if hold.lost:
                 raise RunBusyError(hold.lost) from None
             raise
 
 
-def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
+def _fit(cfg: rc.RunConfig, coordinator: Any, server: str, *, is_own: bool) -> None:
     cluster = cfg.cluster
     resources = {"CPU": float(cluster.cpus_per_worker)}
     if cluster.gpus_per_worker:
@@ -120,21 +97,22 @@ def _fit(cfg: rc.RunConfig, coordinator: Any) -> None:
     for name, value in elastic.SETTINGS.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="relora-ray-") as scratch:
-        trainer = elastic.trainer_class(coordinator)(
+        trainer = elastic.trainer_class(coordinator, own_ray=is_own)(
             run_agent,
-            train_loop_config={"config": to_yaml(cfg), "coordinator": coordinator},
+            train_loop_config={"config": to_yaml(cfg), "coordinator": coordinator, "server": server},
             scaling_config=ScalingConfig(
                 num_workers=(cfg.min_workers, cluster.workers),
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),
-            torch_config=Rendezvous(),
+            backend_config=Rendezvous(),
             # Ray's own record of the run is not used (our manifests are the truth): it goes to the driver's machine,
             # where Ray's controller is, under a name of its own every time.
             run_config=RunConfig(
                 name=f"{cfg.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=-1),  # the coordinator counts, from commit to commit
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # on the console; all of it is in Ray's log files
             ),
         )
         try:
@@ -165,6 +143,8 @@ def _say_what_is_missing(cfg: rc.RunConfig, on_event: OnEvent) -> None:
                 f"waiting for more nodes. Without an autoscaler, lower cluster.workers or cluster.min_workers."
             )
             on_event(log_event("driver", message))
+    if not cfg.method.exports:
+        on_event(log_event("driver", f"method.kind={cfg.method.kind} has no dense weights: no model is exported"))
 
 
 def _say_if_drivers_cannot_be_told_apart(cfg: rc.RunConfig, on_event: OnEvent) -> None:
@@ -184,67 +164,58 @@ def refuse_dead_cluster() -> None:
 
 
 @contextmanager
-def connected(cfg: rc.RunConfig) -> Iterator[None]:
-    """The cluster of RAY_ADDRESS (Ray jobs have it set), or else a local Ray with a slot for every worker.
+def connected(cfg: rc.RunConfig, own_ray: OwnRay | None = None) -> Iterator[bool]:
+    """The cluster of RAY_ADDRESS (Ray jobs have it set), or else a local Ray with a slot for every worker: `own_ray`,
+    if that has been begun to start.
+
+    Yields whether it is the latter, which ends with the block.
 
     A Ray that happens to run on this machine is not joined unasked: it may be another run's own, and end with it.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    with on_ray(lambda: own_ray or OwnRay(cpus_for(cfg))) as is_own:
+        if is_own:
+            _refuse_if_gpus_are_missing(cfg)
+        yield is_own
+
+
+@contextmanager
+def on_ray(start: Callable[[], OwnRay]) -> Iterator[bool]:
+    """As `connected`. `start`: begins a Ray of this process' own, where RAY_ADDRESS names none."""
     if ray.is_initialized():
-        yield
+        yield False
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address := cluster_address():
+    address = cluster_address()
+    if address:
         refuse_if_dead(address)
-        try:
-            ray.init(address=address, **quiet)
-        except Exception as error:  # another version of Ray or Python, a token that is missing, ...
-            raise RunFailedError(f"Ray at RAY_ADDRESS={address} cannot be joined: {_in_short(error)}") from error
-    else:
-        wanted = cfg.cluster.workers * cfg.cluster.gpus_per_worker
-        if wanted > torch.cuda.device_count():
-            raise RunFailedError(
-                f"cluster.workers={cfg.cluster.workers} with cluster.gpus_per_worker={cfg.cluster.gpus_per_worker} "
-                f"need {wanted} GPUs; this machine has {torch.cuda.device_count()}, and RAY_ADDRESS names no cluster. "
-                f"Set RAY_ADDRESS, lower cluster.workers, or train on the CPU with cluster.gpus_per_worker=0."
-            )
-        needed = cfg.cluster.workers * cfg.cluster.cpus_per_worker
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")  # an actor that nobody asks without a dashboard
-        try:
-            ray.init(address="local", num_cpus=max(needed, os.cpu_count() or 1), include_dashboard=False, **quiet)
-        except Exception as error:  # whatever it is, somebody must be told what to do
-            ray.shutdown()
-            raise ConfigError(f"no Ray can be started here: {_in_short(error)} {_advice(error)}") from error
+        with _joined(address):
+            yield False
+        return
+    with start() as here, _joined(here.address):
+        yield True
+
+
+def _refuse_if_gpus_are_missing(cfg: rc.RunConfig) -> None:
+    """Others may come to a cluster, and none to a Ray of the driver's own."""
+    wanted, there = cfg.cluster.workers * cfg.cluster.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    if wanted > there:
+        raise RunFailedError(
+            f"cluster.workers={cfg.cluster.workers} with cluster.gpus_per_worker={cfg.cluster.gpus_per_worker} "
+            f"need {wanted} GPUs; this machine has {there:g}, and RAY_ADDRESS names no cluster. "
+            f"Set RAY_ADDRESS, lower cluster.workers, or train on the CPU with cluster.gpus_per_worker=0."
+        )
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # another version of Ray or Python, a token that is missing, ...
+        raise RunFailedError(f"Ray at {address} cannot be joined: {in_short(error)}") from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _in_short(error: Exception) -> str:
-    """Its class and first line, as a sentence."""
-    said = (str(error).strip().splitlines() or ["it does not say why"])[0]
-    return f"{type(error).__name__}: {said}{'' if said.endswith('.') else '.'}"
-
-
-def _advice(error: Exception) -> str:
-    """What to do about a Ray that does not start."""
-    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "RAY_TMPDIR")
-    folder = os.environ.get(variable, "/tmp")
-    if "AF_UNIX" in str(error):
-        return (
-            f"Ray's sockets lie below {variable}={folder}, and the path of a socket may have 107 characters, of which "
-            f"Ray needs about 70. Set RAY_TMPDIR to a short folder, such as /tmp."
-        )
-    path = str(getattr(error, "filename", None) or "")
-    if path.startswith(os.path.expanduser("~/.ray")):
-        return (
-            f"Ray writes the token of the cluster that it starts into HOME={os.path.expanduser('~')}. Set HOME to a "
-            f"folder that can be written."
-        )
-    if path:
-        return f"Ray keeps its files below {variable}={folder}. Set RAY_TMPDIR to a folder that can be written."
-    return f"What its processes say is below {folder}/ray/session_latest/logs."
 
 
 @contextmanager
@@ -279,73 +250,3 @@ def _watching(coordinator: Any, on_event: OnEvent) -> Iterator[None]:
         thread.join()
         while poll():  # a call gives so many at most
             pass
-
-
-@contextmanager
-def _saving_when_told_to_stop(coordinator: Any, storage: Storage) -> Iterator[None]:
-    """At SIGTERM have the state stored, then end the block as Ctrl-C does, with StoppedError. Main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told, ended, stored = threading.Event(), threading.Event(), threading.Event()
-
-    def save_and_stop() -> None:
-        def call(name: str, *args: Any) -> bool:
-            return bool(ray.get(getattr(coordinator, name).remote(*args), timeout=STOP_S))
-
-        try:
-            until = time.monotonic() + STOP_S
-            waiting = call("ask_to_save", None, "the driver was told to stop", False)
-            while waiting and not stored.is_set() and time.monotonic() < until:
-                time.sleep(0.2)
-                waiting = call("is_asked")
-                if call("is_stored"):  # asked last: it may become so in between
-                    stored.set()
-        except ray.exceptions.RayError as error:
-            logger.warning("the state could not be stored: %s", error)
-        finally:
-            if not ended.is_set():
-                os.kill(os.getpid(), signal.SIGINT)
-
-    def on_term(*_: Any) -> None:
-        if not told.is_set():
-            told.set()
-            threading.Thread(target=save_and_stop, daemon=True).start()
-
-    before = signal.signal(signal.SIGTERM, on_term)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it in what its jobs start
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not told.is_set():
-            raise
-        steps = list_manifests(storage)
-        what = f"the state after step {steps[-1]} is stored" if steps else "nothing had been trained"
-        if steps and not stored.is_set():  # it was starting, or storage failed
-            what = f"the newest checkpoint is that after step {steps[-1]}; what was trained since could not be stored"
-        raise StoppedError(f"told to stop by SIGTERM: {what}. Run the same command again to continue.") from None
-    finally:
-        ended.set()
-        signal.signal(signal.SIGTERM, before)
-
-
-def _with_absolute_paths(cfg: rc.RunConfig) -> rc.RunConfig:
-    def absolute(path: str) -> str:
-        return path if "://" in path else os.path.abspath(path)
-
-    model = cfg.model.model_copy(
-        update={
-            name: os.path.abspath(value)
-            for name in ("huggingface", "init_from")
-            if (value := os.path.expanduser(getattr(cfg.model, name)))
-            and "://" not in value
-            and (os.path.exists(value) or (name == "init_from" and os.path.exists(rc.split_step(value)[0])))
-        }
-    )
-    return cfg.model_copy(
-        update={
-            "storage": absolute(cfg.storage),
-            "model": model,
-            "data": cfg.data.model_copy(update={"path": absolute(cfg.data.path)}),
-        }
-    )

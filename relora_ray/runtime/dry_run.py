@@ -1,6 +1,7 @@
 """What a run would meet, before anything is spent: `python -m relora_ray.launch CONFIG --dry-run`.
 
-The config and the run's folder are checked by `preflight`; here storage, data and machines are. Nothing is left behind.
+All that `preflight` checks, and storage, data, memory and machines besides. One problem hides no other, and each is
+told once. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -19,14 +20,25 @@ import yaml
 from relora_ray.config import RunConfig
 from relora_ray.data.tokens import DataIndex
 from relora_ray.errors import ReloraError
-from relora_ray.runs import data_storage, open_data, run_storage
+from relora_ray.planning.count import phases
+from relora_ray.planning.forecast import memory, usable_bytes
+from relora_ray.planning.machines import gpu_called
+from relora_ray.runs.metrics import size_text
+from relora_ray.runs.places import data_storage, run_storage, validation_storage
+from relora_ray.runs.setting import open_data, open_validation
 from relora_ray.runtime.address import cluster_address
 from relora_ray.runtime.driver import connected
+from relora_ray.runtime.preflight import CHECKS, as_here
 
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 """Kubernetes sets it in every container."""
 AUTOSCALING = "~/ray_bootstrap_config.yaml"
 """What `ray up` leaves on the head: the kinds of machines, and how many there may be."""
+
+
+MOST_EPOCHS = 40
+"""Text that is read more often teaches nothing more (Muennighoff et al. 2023, "Scaling Data-Constrained Language
+Models", section 6: repeating up to 4 times is nearly as good as new text, and above 40 it is worth nothing)."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +52,25 @@ class Finding:
 
 
 def dry_run(cfg: RunConfig) -> Iterator[Finding]:
-    """`cfg`: as `preflight` returned it."""
     tokens = cfg.steps * cfg.tokens_per_step
-    yield Finding("config", True, f"{cfg.name}: {cfg.method.kind}, {cfg.steps:,} updates, {tokens:,} tokens")
-    for subject, look in (("storage", _storage), ("data", _data), ("machines", _machines)):
+    ends = "" if cfg.method.exports else ", and no model at the end: this method's has no dense weights"
+    yield Finding("config", True, f"{cfg.name}: {cfg.method.kind}, {cfg.steps:,} updates, {tokens:,} tokens{ends}")
+    told: set[str] = set()
+    for subject, check in (("config", as_here), *CHECKS):
+        try:
+            cfg = check(cfg)
+        except ReloraError as error:
+            if str(error) not in told:
+                yield Finding(subject, False, str(error))
+            told.add(str(error))
+    for subject, look in (("storage", _storage), ("data", _data), ("memory", _memory), ("machines", _machines)):
         try:
             fine, text = look(cfg)
         except ReloraError as error:
             fine, text = False, str(error)
-        yield Finding(subject, fine, text)
+        if text not in told:
+            yield Finding(subject, fine, text)
+        told.add(text)
 
 
 def _storage(cfg: RunConfig) -> tuple[bool, str]:
@@ -62,15 +84,19 @@ def _storage(cfg: RunConfig) -> tuple[bool, str]:
 
 def _data(cfg: RunConfig) -> tuple[bool, str]:
     index, storage = open_data(cfg), data_storage(cfg)
-    wrong = [file for file, size in _shard_sizes(index).items() if storage.size(file) != size]
-    if wrong:
-        return (
-            False,
-            f"{storage.url}: {len(wrong)} files are missing or cut short, such as {wrong[0]}. Prepare it again.",
-        )
+    sets = [(validation_storage(cfg, name), found) for name, found in open_validation(cfg).items()]
+    for place, found in [(storage, index), *sets]:
+        if wrong := [file for file, size in _shard_sizes(found).items() if place.size(file) != size]:
+            text = f"{place.url}: {len(wrong)} files are missing or cut short, such as {wrong[0]}. Prepare it again."
+            return False, text
     count = index.splits["train"].num_tokens
     epochs = cfg.steps * cfg.tokens_per_step / count
-    return True, f"{storage.url}: fingerprint {index.fingerprint}, {count:,} tokens, to be read {epochs:.2f} times"
+    text = f"{storage.url}: fingerprint {index.fingerprint}, {count:,} tokens, to be read {epochs:,.2f} times"
+    if epochs > MOST_EPOCHS:
+        few = max(1, int(MOST_EPOCHS * count // cfg.tokens_per_step))
+        advice = f"prepare more text, or set steps to {few:,} or fewer"
+        return False, f"{text}. After {MOST_EPOCHS} times it teaches nothing more: {advice}"
+    return True, text
 
 
 def _shard_sizes(index: DataIndex) -> dict[str, int]:
@@ -90,9 +116,13 @@ def _machines(cfg: RunConfig) -> tuple[bool, str]:
     wanted = f"{cfg.min_workers}" if cfg.min_workers == cluster.workers else f"{cfg.min_workers} to {cluster.workers}"
     wanted += f" workers of {bundle['CPU']} CPU(s) and {bundle['GPU']} GPU(s)"
     if not cluster_address():
-        gpus = torch.cuda.device_count()
-        text = f"{wanted}, in a local Ray: RAY_ADDRESS is not set; {os.cpu_count()} CPUs and {gpus} GPUs are here"
-        return cluster.workers * bundle["GPU"] <= gpus, text
+        gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
+        text = f"{wanted}, in a local Ray: RAY_ADDRESS is not set; {cpus} CPUs and {gpus} GPUs are here"
+        if cluster.workers * bundle["GPU"] > gpus:
+            return False, f"{text}. Set RAY_ADDRESS, lower cluster.workers, or set cluster.gpus_per_worker=0"
+        if cluster.workers * bundle["CPU"] > cpus:
+            return False, f"{text}: workers would take turns. Lower cluster.workers or cluster.cpus_per_worker"
+        return True, text
     with connected(cfg):
         now, at_most = workers_that_fit(bundle)
     text = f"{wanted}: {now} fit now, {at_most} when the cluster has grown" if at_most else f"{wanted}: {now} fit now"
@@ -104,6 +134,58 @@ def _machines(cfg: RunConfig) -> tuple[bool, str]:
     if at_most is None:
         advice = f"Unless an autoscaler brings more ({AUTOSCALING} does not say), the run will wait for them"
     return False, f"{text}. {advice}"
+
+
+def _memory(cfg: RunConfig) -> tuple[bool, str]:
+    """What a worker takes where most is there, as `relora-ray plan` counts it, and what its GPU or machine has."""
+    of_gpus, rows = bool(cfg.cluster.gpus_per_worker), cfg.train.micro_batch_rows
+    found = {p.name: sum(memory(p, p.measure(rows), cfg.cluster.workers).values()) for p in phases(cfg)}
+    most = max(found, key=lambda name: found[name])
+    text = f"tensors of a worker take {size_text(found[most])} in micro-batches of {rows} rows"
+    text += f", most in {most}" if len(found) > 1 else ""
+    there, name = _smallest_gpu(cfg) if of_gpus else _smallest_host(cfg)
+    if there is None:
+        return True, f"{text}; what the {'GPUs' if of_gpus else 'machines'} have is not known"
+    text = f"{text}; {name} has {size_text(there)}"
+    if found[most] <= there:
+        return True, text
+    advice = "Lower train.micro_batch_rows, or take what has more: relora-ray plan says what takes how much"
+    return False, f"{text}. {advice}"
+
+
+def _smallest_gpu(cfg: RunConfig) -> tuple[float | None, str]:
+    """Bytes that tensors can have of the one with least, and its name; None if there is no knowing."""
+    found: dict[str, float] = {}
+    if cluster_address():
+        with connected(cfg):
+            resources = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+        kinds = {kind.partition(":")[2] for each in resources for kind in each if kind.startswith("accelerator_type:")}
+        gpus = {kind: gpu_called(kind) for kind in kinds}
+        found = {kind: usable_bytes(gpu.memory_bytes) for kind, gpu in gpus.items() if gpu is not None}
+    else:
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            found[properties.name] = usable_bytes(properties.total_memory)
+    name = min(found, key=lambda name: found[name], default="")
+    return found.get(name), name
+
+
+def _smallest_host(cfg: RunConfig) -> tuple[float | None, str]:
+    """The same of the machines' own memory, for each of the workers that fit on one."""
+    if cluster_address():
+        with connected(cfg):
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        shares = [
+            node["memory"] / workers
+            for node in nodes
+            if node.get("memory") and (workers := _fit({"CPU": cfg.cluster.cpus_per_worker}, node))
+        ]
+        return (min(shares), "the share of a worker") if shares else (None, "")
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None, ""
+    return total / cfg.cluster.workers, "the share of a worker in this machine"
 
 
 def workers_that_fit(bundle: Mapping[str, float], autoscaling: str = AUTOSCALING) -> tuple[int, int | None]:

@@ -10,8 +10,9 @@ All that is private to Ray 2.60 and used here; the settings at `SETTINGS` are it
 
 | private                                            | for                     | public instead                       |
 |----------------------------------------------------|-------------------------|--------------------------------------|
-| TorchTrainer._initialize_and_run_controller        | to hand the policy over | none                                 |
-| its "callbacks", DatasetsCallback (optional)       | to start an actor less  | none                                 |
+| DataParallelTrainer: TorchTrainer without the import | no torch in the driver | ray.train.torch.TorchTrainer         |
+| its _initialize_and_run_controller                 | to hand the policy over | none                                 |
+| what controller.py names                           | fewer processes         | none                                 |
 | ElasticScalingPolicy, its make_decision_..., twice | when to resize          | none                                 |
 | NoopDecision, ResizeDecision                       | what they return        | none                                 |
 | on_controller_start_worker_group                   | placing, and its size   | ScalingConfig.label_selector: fixed  |
@@ -44,7 +45,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from relora_ray.runtime.agent import warm_up
+from relora_ray.runtime.server import warm_up
 from relora_ray.runtime.sizing import Decision, Seen, Sizing, without_bad
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 try:
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+    from relora_ray.runtime.controller import Group, TrainController, WorkerGroup, run_controller, worker_group
 
     missing = ""
 except ImportError as error:  # pragma: no cover: another version of Ray
@@ -79,7 +82,7 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # of an agent that does not answer
     # Drained machines are this module's affair: Ray's own watcher would wait until all workers have ended.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page "Train", a sweep's runs too
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # an actor for a page that the dashboard in Ray's packages does not have
 }
 """Environment of Ray Train's controller; what is set already stays."""
 
@@ -92,27 +95,29 @@ USED = (
     "after_controller_start", "_maybe_send_resource_request", "_send_resource_request", "_autoscaling_coordinator",
 )  # fmt: skip
 
+REPLACED = ("_init_train_context_on_workers",)
+"""Of Ray's worker group, in controller.py."""
+
 Resources = dict[str, float]
 
 
-def trainer_class(coordinator: Any) -> Any:
-    """TorchTrainer, with this module's policy if Ray's classes allow it."""
-    from ray.train.torch import TorchTrainer  # with torch, which Ray's controller would import with this module
+def trainer_class(coordinator: Any, *, own_ray: bool = False) -> Any:
+    """A trainer, with this module's policy if Ray's classes allow it. `own_ray`: nobody else uses this Ray, which is
+    one machine."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     if reason := missing or _what_is_unknown():
         _say_that_stock_is_used(coordinator, reason)
-        return TorchTrainer
+        return DataParallelTrainer
 
-    class ElasticTrainer(TorchTrainer):
+    class ElasticTrainer(DataParallelTrainer):
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-            policy, reason = _tried_policy(self.scaling_config, coordinator, kwargs)
+            policy, reason = _tried_policy(self.scaling_config, coordinator, kwargs, own_ray=own_ray)
             if reason:
                 _say_that_stock_is_used(coordinator, reason)
             else:
                 kwargs["scaling_policy"] = policy
-            if "callbacks" in kwargs and not self.datasets:  # each worker group would get an actor for Ray's data sets
-                kwargs["callbacks"] = [c for c in kwargs["callbacks"] if type(c).__name__ != "DatasetsCallback"]
-            return super()._initialize_and_run_controller(**kwargs)
+            return run_controller(**kwargs)
 
     return ElasticTrainer
 
@@ -135,31 +140,41 @@ def _show(coordinator: Any, message: str) -> None:
 
 def _what_is_unknown() -> str:
     """What this module needs of Ray's private classes and does not find, or finds with other parameters."""
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    needed = {ElasticScalingPolicy: OVERRIDDEN + USED, TorchTrainer: ("_initialize_and_run_controller",)}
+    needed = {
+        ElasticScalingPolicy: OVERRIDDEN + USED,
+        DataParallelTrainer: ("_initialize_and_run_controller",),
+        TrainController: ("worker_group_cls",),
+        WorkerGroup: REPLACED,
+        worker_group: ("SynchronizationActor",),
+    }
     absent = [
         f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)
     ]
     if absent:
         return f"there is no {', '.join(absent)}"
+    pairs = [(ElasticScalingPolicy, BoundaryPolicy, name) for name in OVERRIDDEN]
+    pairs += [(WorkerGroup, Group, name) for name in REPLACED]
     changed = [
         f"{name}{theirs}"
-        for name in OVERRIDDEN
-        if list((theirs := inspect.signature(getattr(ElasticScalingPolicy, name))).parameters)
-        != list(inspect.signature(getattr(BoundaryPolicy, name)).parameters)
+        for them, us, name in pairs
+        if list((theirs := inspect.signature(getattr(them, name))).parameters)
+        != list(inspect.signature(getattr(us, name)).parameters)
     ]
     return f"there is now {', '.join(changed)}" if changed else ""
 
 
-def _tried_policy(scaling_config: Any, coordinator: Any, controller: dict[str, Any]) -> tuple[Any, str]:
+def _tried_policy(
+    scaling_config: Any, coordinator: Any, controller: dict[str, Any], *, own_ray: bool
+) -> tuple[Any, str]:
     """A policy that has done once all that is private to Ray, and what did not work. Before training, in the driver.
 
     `controller`: the arguments of Ray Train's controller."""
     try:
         if absent := {"scaling_policy", "train_run_context"} - controller.keys():
             return None, f"Ray Train's controller takes no {', '.join(sorted(absent))}"
-        policy = BoundaryPolicy(scaling_config, coordinator)
+        policy = (OwnRayPolicy if own_ray else BoundaryPolicy)(scaling_config, coordinator)
         policy.try_all(controller["train_run_context"])
     except ray.exceptions.RayTaskError as error:
         return None, _in_words(error)
@@ -349,13 +364,17 @@ if not missing:
             named = self._call("bad_nodes") if hasattr(self._coordinator, "bad_nodes") else None
             self._leaving = self._being_drained()
             bad = self._ask_for_others(named or [], self._leaving & self._reserved)
-            found = ray.get(
-                self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, True), timeout=CALL_S
-            )
+            found = self._look_at_reserved()
             self._reserved = set(found)
             self._gone = _unreachable(found) if time.monotonic() < self._doubt_until else set()
             usable = {node: there for node, there in found.items() if node not in self._leaving | self._gone}
             return self._leave_out(bad, usable)
+
+        def _look_at_reserved(self) -> dict[str, Resources]:
+            """What Ray has for us, by machine."""
+            request = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, True)
+            found: dict[str, Resources] = ray.get(request, timeout=CALL_S)
+            return found
 
         def _being_drained(self) -> set[str]:
             try:
@@ -401,6 +420,16 @@ if not missing:
                         f"on with others.",
                     )
             return used
+
+    class OwnRayPolicy(BoundaryPolicy):
+        """All that there is is the run's: no actor is started that reserves machines and asks for more."""
+
+        def after_controller_start(self, train_run_context: Any) -> None: ...
+        def _maybe_send_resource_request(self) -> None: ...
+        def _send_resource_request(self) -> None: ...
+
+        def _look_at_reserved(self) -> dict[str, Resources]:
+            return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _unreachable(nodes: Iterable[str]) -> set[str]:

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Event = dict[str, Any]
-"""Something to show: a metrics record, or of kind "log", "worker" or "restart"."""
+"""Something to show: a metrics record, or of kind "term", "begin", "worker", "lost", "restart" or "log"."""
+
+
+def waiting_event(what: str) -> Event:
+    """For whoever looks on: what is waited for from now on."""
+    return {"kind": "waiting", "what": what}
 
 
 def log_event(who: str | int, message: str, level: str = "WARNING") -> Event:
@@ -29,6 +34,8 @@ class Member:
     """The agent listens there: where the ranks meet if this is rank 0."""
     step: int = 0
     """The last that it saw done."""
+    code: str = ""
+    """Digest of this package's files on the machine."""
 
 
 Change = Literal["start", "resize", "failure"]

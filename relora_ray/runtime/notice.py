@@ -11,7 +11,6 @@ started again on a machine that has had its notice, it is told again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -21,13 +20,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from ray._private.services import canonicalize_bootstrap_address_or_die, get_node_ip_address
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated import autoscaler_pb2, gcs_pb2
-
+from relora_ray import cli
 from relora_ray.cli import command, seconds
 from relora_ray.errors import ConfigError
-from relora_ray.runtime.address import knock
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +43,9 @@ Look = Callable[[], float | None]
 
 def drain(address: str, node_id: str, deadline: float, cause: str) -> None:
     """Have Ray's scheduler keep off a machine and whoever asks told that it goes at `deadline` (Unix time)."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # --help must not wait for Ray
+    from ray.core.generated import autoscaler_pb2
+
     accepted, why = GcsClient(address=address).drain_node(
         node_id, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, cause, int(deadline * 1000)
     )
@@ -56,6 +54,9 @@ def drain(address: str, node_id: str, deadline: float, cause: str) -> None:
 
 def nodes_of(address: str, ip: str | None = None, name: str | None = None) -> list[str]:
     """Ids of the nodes, all or those with that IP or name, that Ray takes for alive."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated import gcs_pb2
+
     found = GcsClient(address=address).get_all_node_info(timeout=CALL_S)
     return [
         node_id.hex()
@@ -158,9 +159,7 @@ def _first_look(look: Look, within_s: float = START_S) -> OSError | None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m relora_ray.runtime.notice", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = cli.parser("notice", (__doc__ or "").splitlines()[0], "aws", "now --ip 10.0.0.7")
     parser.add_argument("source", choices=["aws", "gcp", "now"])
     parser.add_argument("--address", default="auto", help="of Ray's head, host:port; found on this machine if left out")
     parser.add_argument("--ip", help="this machine's, as Ray knows it; found if left out")
@@ -168,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=seconds, default=30.0, help="with 'now': until the machine is gone")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    from ray._private.services import canonicalize_bootstrap_address_or_die, get_node_ip_address
+
+    from relora_ray.runtime.address import knock
 
     def address() -> str:
         found: str = canonicalize_bootstrap_address_or_die(args.address)

@@ -116,14 +116,15 @@ class Child:
         return -signal.SIGKILL
 
 
-def spawn(key: str, preload: Sequence[str], pipe: Connection, target: str, *args: Any) -> Child:
+def spawn(key: str, preload: Sequence[str], pipe: Connection, target: str, *args: Any, first: str = "") -> Child:
     """Fork a process that calls `target(pipe, *args)`, from the server for `key`, which is started if there is none.
     It has this process's environment, folder, stdout and stderr.
 
-    `target`: "module:function", looked up in the new process. `pipe` is handed over: it is closed here.
+    `target`: "module:function", looked up in the new process. `pipe` is handed over: it is closed here. `first`: the
+    address of a server that is asked before any other, if it is there.
     """
     request = pickle.dumps((target, args, dict(os.environ), _folder()))
-    with pipe, _connect(key, preload) as control:
+    with pipe, _connect(key, preload, first) as control:
         control.settimeout(START_S)
         socket.send_fds(control, [len(request).to_bytes(8, "big")], [pipe.fileno(), *OUTPUT])
         control.sendall(request)
@@ -145,8 +146,23 @@ def warm(key: str, preload: Sequence[str]) -> None:
     _connect(key, preload).close()
 
 
-def _connect(key: str, preload: Sequence[str]) -> socket.socket:
-    """A connection to the server for `key`, which has said hello."""
+def begin(key: str, preload: Sequence[str]) -> str:
+    """Have the server for `key` start, if there is none, and do not wait for it. Its address, for `first`."""
+    address = _addresses(key, preload)[0]
+    with socket.socket(socket.AF_UNIX) as control:
+        try:
+            control.connect(address)
+        except ConnectionRefusedError:  # a process of a pipeline, whose pipes the server must not hold open
+            _start(address, preload, output=subprocess.DEVNULL)
+    return address
+
+
+def _connect(key: str, preload: Sequence[str], first: str = "") -> socket.socket:
+    """A connection to the server for `key`, or to that at `first`, which has said hello."""
+    if first and first not in _left:
+        if control := _reach(first, None):
+            return control
+        _left.add(first)
     for address in (addresses := _addresses(key, preload)):
         if address in _left:
             continue
@@ -162,7 +178,10 @@ def _connect(key: str, preload: Sequence[str]) -> socket.socket:
 
 def _addresses(key: str, preload: Sequence[str]) -> list[str]:
     given = [key, os.geteuid(), sys.executable, *_import_path(), *preload]
-    name = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+    # `key` stands for an environment that may hold secrets, and all users of a machine see the names of its sockets:
+    # a slow hash (some 40 ms) of this machine's boot makes guessing dear.
+    salt = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    name = hashlib.scrypt(repr(given).encode(), salt=salt, n=2**14, r=8, p=1, dklen=8).hex()
     return [f"\0relora-ray-{name}-{number}" for number in range(NUM_ADDRESSES)]
 
 
@@ -171,9 +190,9 @@ def _import_path() -> list[str]:
     return [os.path.join(_folder(), path) for path in sys.path]
 
 
-def _reach(address: str, preload: Sequence[str]) -> socket.socket | None:
+def _reach(address: str, preload: Sequence[str] | None) -> socket.socket | None:
     """A connection to the server at `address`, which is started if there is none and has said hello. None if it hangs,
-    or is another user's."""
+    or is another user's, or is not there and not to be started (no `preload`)."""
     until, num_starts = time.monotonic() + START_S, 0
     while time.monotonic() < until:
         with socket.socket(socket.AF_UNIX) as control:
@@ -185,7 +204,9 @@ def _reach(address: str, preload: Sequence[str]) -> socket.socket | None:
                 if control.recv(1):
                     return socket.socket(fileno=control.detach())
             except ConnectionRefusedError:  # it is not up
-                num_starts += _start(address, preload)
+                if preload is None and not _is_bound(address):
+                    return None
+                num_starts += preload is not None and _start(address, preload)
                 if num_starts > NUM_STARTS:
                     raise ChildProcessError(
                         f"the server ended {NUM_STARTS} times at its start: see its stderr"
@@ -199,7 +220,17 @@ def _reach(address: str, preload: Sequence[str]) -> socket.socket | None:
     return None
 
 
-def _start(address: str, preload: Sequence[str]) -> bool:
+def _is_bound(address: str) -> bool:
+    """Whether a server is there, though it may not be up."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(address)
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def _start(address: str, preload: Sequence[str], output: int | None = None) -> bool:
     """Start the server, with a session and a parent of its own, so that it stays when this process goes. False if it is
     starting."""
     with socket.socket(socket.AF_UNIX) as listener:
@@ -214,7 +245,16 @@ def _start(address: str, preload: Sequence[str]) -> bool:
         # A shell in between ends at once: its child is nobody's.
         command = ["/bin/sh", "-c", '"$@" &', "sh", *command]
         shared = {name: value for name, value in os.environ.items() if not OF_ONE_ASKER.match(name)}
-        subprocess.run(command, pass_fds=[listener.fileno()], start_new_session=True, check=True, env=shared)
+        subprocess.run(
+            command,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+            check=True,
+            env=shared,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
     return True
 
 
@@ -251,12 +291,17 @@ def _peer(control: socket.socket) -> int:
 
 
 def main() -> None:
-    """The server's loop."""
+    """The process that `_start` starts."""
     listener = socket.socket(fileno=int(sys.argv[1]))
     os.chdir("/")  # the folder of who started it may be removed
     for name in sys.argv[2].split(","):
         with contextlib.suppress(Exception):  # the process that trains will say what is wrong
             importlib.import_module(name)
+    _serve(listener)
+
+
+def _serve(listener: socket.socket) -> None:
+    """Until no process that was forked lives, and nobody has asked for a while."""
     woken, wake = socket.socketpair()
     for end in (woken, wake):
         end.setblocking(False)

@@ -26,10 +26,10 @@ import yaml
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.util.queue import Empty, Queue
 
 from relora_ray.checkpoint import list_manifests
 from relora_ray.checkpoint.history import pin
+from relora_ray.checkpoint.owner import owning
 from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
 from relora_ray.errors import (
@@ -41,12 +41,15 @@ from relora_ray.errors import (
     RunFailedError,
     StoppedError,
 )
-from relora_ray.fork import MAY_DIFFER, fixed_keys, fork, warm_start_digest
-from relora_ray.methods import build_method
-from relora_ray.runs import begin, is_run, read_config, run_storage
+from relora_ray.methods.base import build_method
+from relora_ray.runs.fork import fixed_keys, fork, may_differ, warm_start_digest
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import begin, is_run, read_config
 from relora_ray.runtime import driver
-from relora_ray.runtime.owner import owning
+from relora_ray.runtime.mailbox import Mailbox
+from relora_ray.runtime.preflight import preflight_apart
 from relora_ray.storage import Storage
+from relora_ray.sweep.dimension import Settings, is_rows
 from relora_ray.sweep.population import replacements
 from relora_ray.sweep.results import (
     Point,
@@ -68,6 +71,8 @@ GENERATIONS = "generations"
 """Folder of who was replaced in a population, one object per decision, so that none is taken by half."""
 BUSY_S = 2.0
 """Between two looks at a warm start that another trial is training."""
+WAIT_S = 0.5
+"""How long a look for messages waits for one."""
 HEAD = {"CPU": 0.0, "node:__internal_head__": 0.001}
 """What a trial takes itself: a place on the head's machine, which is no spot machine."""
 HAND_ON = ("attempt", "train", "eval", "restart", "log")
@@ -78,24 +83,65 @@ Told = Callable[[str, dict[str, Any]], None]
 
 
 def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
-    """See what can be seen without Ray, as `driver.preflight` does for a run. Returns the sweep with absolute paths, as
+    """See what can be seen without Ray, as `preflight` does for a run. Returns the sweep with absolute paths, as
     trials run in folders of their own, and its folder. Raises ReloraError."""
     if sweep.spec.search == "tpe":
         import_optuna()
-    first = driver.preflight(first_run(sweep))
+    first, *_ = [_preflight(sweep, settings) for settings in _one_of_each(sweep)]
+    model = {n: v for n in ("huggingface", "init_from") if (v := getattr(first.model, n))}
     base = sweep.base | {
         "storage": first.storage.rpartition("/")[0],
-        "data": sweep.base["data"] | {"path": first.data.path, "fingerprint": first.data.fingerprint},
-        "model": sweep.base["model"] | {n: v for n in ("huggingface", "init_from") if (v := getattr(first.model, n))},
+        "data": sweep.base["data"]
+        | {"path": first.data.path, "fingerprint": first.data.fingerprint}
+        | {
+            name: dict(value)
+            for name in ("validation", "validation_fingerprints")
+            if (value := getattr(first.data, name))
+        },
     }
     folder = sweep_storage(first)
-    if first.model.fingerprint and "model.huggingface" not in sweep.spec.space and not _goes_by_place(folder):
-        base["model"] = base["model"] | {"fingerprint": first.model.fingerprint}
+    if not _has_rows_of_models(sweep):
+        base["model"] = sweep.base["model"] | model
+        if first.model.fingerprint and "model.huggingface" not in sweep.spec.space and not _goes_by_place(folder):
+            base["model"] |= {"fingerprint": first.model.fingerprint}
+    else:
+        base |= _absolute_model(sweep.base)
     sweep = dataclasses.replace(sweep, base=base)
     _refuse_impossible_forks(sweep)
     if folder.exists(SWEEP):
         _refuse_another(folder, sweep)
     return sweep, folder
+
+
+def _one_of_each(sweep: Sweep) -> list[Settings]:
+    """One point of every combination of rows: they may have other models, and methods that other models suit."""
+    found = {json.dumps({n: r.name for n, r in sweep.spec.rows(s).items()}): s for s in reversed(sweep.possible_points)}
+    return list(reversed(found.values()))
+
+
+def _has_rows_of_models(sweep: Sweep) -> bool:
+    rows = (row for dimension in sweep.spec.space.values() if is_rows(dimension) for row in dimension)
+    return any(key.startswith("model.") for row in rows for key in (*row.set, *row.space))
+
+
+def _preflight(sweep: Sweep, settings: Settings) -> RunConfig:
+    """Raises ReloraError, behind the names of the point's rows."""
+    try:
+        return preflight_apart(sweep.config(0, settings, sweep.spec.seeds[0]))
+    except ReloraError as error:
+        named = " with ".join(f"sweep.space.{name} row {row.name!r}" for name, row in sweep.spec.rows(settings).items())
+        if not named or str(error).startswith("sweep.space."):
+            raise
+        raise type(error)(f"{named}: {error}") from error
+
+
+def _absolute_model(base: dict[str, Any]) -> dict[str, Any]:
+    """The model's places, which trials look for from folders of their own."""
+    model = base.get("model")
+    if not isinstance(model, dict):
+        return {}
+    places = {n: os.path.abspath(v) for n in ("huggingface", "init_from") if (v := model.get(n)) and os.path.exists(v)}
+    return {"model": model | places}
 
 
 def _goes_by_place(folder: Storage) -> bool:
@@ -109,7 +155,7 @@ def _refuse_impossible_forks(sweep: Sweep) -> None:
     if fixed := fixed_keys(first_run(sweep), sweep.spec.space):
         raise ConfigError(
             f"sweep.population forks points with other settings, and no fork may change {', '.join(fixed)}. Remove "
-            f"that from sweep.space, or sweep.population. A fork may change {', '.join(MAY_DIFFER)}."
+            f"that from sweep.space, or sweep.population. A fork may change {', '.join(may_differ(first_run(sweep)))}."
         )
     for number, settings in enumerate(sweep.possible_points):
         method = build_method(sweep.config(number, settings, sweep.spec.seeds[0]))
@@ -233,7 +279,7 @@ def _warm_config(cfg: RunConfig, digest: str) -> RunConfig:
 class _Trainer:
     """What a trial's process does."""
 
-    def __init__(self, sweep: Sweep, shared: set[str], queue: Queue) -> None:
+    def __init__(self, sweep: Sweep, shared: set[str], queue: Mailbox) -> None:
         self._sweep, self._shared, self._queue = sweep, shared, queue
 
     def train(self, number: int, until: int) -> Iterator[tuple[int, float]]:
@@ -280,7 +326,7 @@ class _Trainer:
             fork(cfg, warm.name, cfg.warm_start_steps)
         stop = None if step == cfg.steps else step
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"stop_after_steps": stop})})
-        cfg = driver.preflight(cfg)
+        cfg = preflight_apart(cfg)
         self._say_begin(cfg, point)
         self._run(cfg, lambda storage: False)
         storage = run_storage(cfg)
@@ -292,7 +338,7 @@ class _Trainer:
 
     def _train_warm_start(self, warm: RunConfig, point: Point) -> None:
         self._say_begin(warm, point)
-        self._run(driver.preflight(warm), lambda storage: warm.warm_start_steps in list_manifests(storage))
+        self._run(preflight_apart(warm), lambda storage: warm.warm_start_steps in list_manifests(storage))
 
     def _run(self, cfg: RunConfig, is_done: Callable[[Storage], bool]) -> None:
         """Train unless `is_done`, asked again while another process trains it: another trial, if it is a warm start, or
@@ -387,7 +433,8 @@ def _ending_when_told_to_stop() -> Iterator[None]:
         if not told.is_set():
             raise
         raise StoppedError(
-            "told to stop by SIGTERM. Run the same command again: every run goes on from its newest checkpoint."
+            "told to stop by SIGTERM. Run the same command again: every run goes on from its newest checkpoint.",
+            signal.SIGTERM,
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -531,26 +578,24 @@ class _Halving(AsyncHyperBandScheduler):
 
 
 @contextmanager
-def _listening(on_event: Told) -> Iterator[Queue]:
-    """A queue whose messages are handed to `on_event`, in a thread, until the block ends."""
-    queue = Queue(actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
-    ended = threading.Event()
+def _listening(on_event: Told) -> Iterator[Mailbox]:
+    """A mailbox whose messages are handed to `on_event`, in a thread, until the block ends."""
+    mailbox, ended = Mailbox(), threading.Event()
 
     def listen() -> None:
         while True:
-            try:
-                run, event = queue.get(timeout=0.5)
-            except Empty:
-                if ended.is_set():
-                    return
-                continue
-            on_event(run, event)
+            last = ended.is_set()  # asked first: what was put before the end is taken still
+            taken = mailbox.take(WAIT_S)
+            for run, event in taken:
+                on_event(run, event)
+            if last and not taken:
+                return
 
     thread = threading.Thread(target=listen, name="relora-ray-sweep-events", daemon=True)
     thread.start()
     try:
-        yield queue
+        yield mailbox
     finally:
         ended.set()
         thread.join()
-        queue.shutdown()
+        mailbox.close()

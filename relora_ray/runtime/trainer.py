@@ -27,12 +27,12 @@ import torch.distributed as dist
 
 from relora_ray.checkpoint import Outcome, Rollback, Share
 from relora_ray.config import RunConfig
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.errors import RanksDisagreeError, ReloraError, RolledBackError
 from relora_ray.loop import run_attempt
-from relora_ray.metrics import Record
-from relora_ray.parallel import World
-from relora_ray.runtime.messages import Arrival, Kind, Start, log_event
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.metrics import Record
+from relora_ray.runtime.messages import Arrival, Kind, Start, log_event, waiting_event
 from relora_ray.runtime.orders import Order
 from relora_ray.verdict import in_words, verdict
 
@@ -53,8 +53,12 @@ def train(connection: Connection, config: str, start: Start, device: str) -> Non
             cfg = parse_config(config)
             torch.set_num_threads(cfg.cluster.cpus_per_worker)
             _forward_warnings(link, start.rank)
+            if start.rank == 0:
+                link.tell("record", waiting_event("the other ranks" if start.size > 1 else "the device"))
             world = at_the_end.enter_context(_process_group(cfg, start, torch.device(device), listener))
             supervisor = _Agent(link, start)
+            if start.rank == 0:
+                link.tell("record", waiting_event("the model, the data and the newest checkpoint"))
             run_attempt(
                 cfg,
                 world,

@@ -11,8 +11,9 @@ import random
 from collections.abc import Sequence
 
 from relora_ray.keyed import key
+from relora_ray.sweep.dimension import Plain, Value, branches
 from relora_ray.sweep.results import Point
-from relora_ray.sweep.space import Dimension, SweepConfig, Value
+from relora_ray.sweep.space import SweepConfig
 
 
 def replacements(spec: SweepConfig, members: Sequence[Point], generation: int, rung: int) -> dict[int, Point]:
@@ -33,13 +34,14 @@ def replacements(spec: SweepConfig, members: Sequence[Point], generation: int, r
         parent = generator.choice(ahead)
         settings = {
             name: _moved(dimension, parent.settings[name], spec.population.factor, generator)
-            for name, dimension in spec.space.items()
+            for plain in branches(spec.space)  # one: there are no rows
+            for name, dimension in plain.items()
         }
         found[position] = Point(number, settings, parent=parent.number, forked_at=rung)
     return found
 
 
-def _moved(dimension: Dimension, value: Value, factor: float, generator: random.Random) -> Value:
+def _moved(dimension: Plain, value: Value, factor: float, generator: random.Random) -> Value:
     """A step up, a step down, or as it is."""
     direction = generator.choice((-1, 0, 1))
     if isinstance(dimension, tuple):

@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 
-from relora_ray.metrics import perplexity, size_text
-from relora_ray.plots import pyplot
+from relora_ray.runs.metrics import perplexity, size_text
 from relora_ray.storage import Storage
+from relora_ray.study.plots import pyplot
+from relora_ray.sweep.compare import comparison
+from relora_ray.sweep.dimension import Value, names_of
 from relora_ray.sweep.results import Point, best, importance, pareto, ranking, to_csv
-from relora_ray.sweep.space import WARM, Sweep, Value, short_value, text, with_settings
+from relora_ray.sweep.space import WARM, Sweep, short_value, text
 
 FRONTS = {"state_bytes": ("training state, bytes", False), "tokens_per_s": ("tokens per second", True)}
 
@@ -34,7 +36,7 @@ def write_up(sweep: Sweep, points: Sequence[Point], out: Storage) -> None:
 
 def best_config(sweep: Sweep, point: Point) -> str:
     """The run's config of a point, as YAML: a run of its own, with the sweep's first seed."""
-    raw = with_settings(sweep.base, point.settings)
+    raw = sweep.settled(point.settings)
     raw |= {"name": f"{sweep.name}-best", "seed": sweep.spec.seeds[0]}
     said = f"# Point {point.number} of the sweep {sweep.name}: held-out loss {point.loss():.4f}, mean of seeds "
     said += ", ".join(map(str, sweep.spec.seeds)) + ".\n"
@@ -60,8 +62,9 @@ def page(sweep: Sweep, points: Sequence[Point], pictures: Sequence[str]) -> Iter
         yield f"Best: {text(found.settings)}, held-out loss {found.loss():.4f}, perplexity {value:.2f}.\n"
     else:
         yield "No point came to the end: there is no best one.\n"
+    yield from comparison(sweep, points)
     yield from compute(sweep, points)
-    names = list(spec.space)
+    names = names_of(spec.space)
     yield (
         "| point | " + " | ".join(names) + " | loss | by seed | perplexity | tokens/s | state | peak memory | updates |"
     )
@@ -120,7 +123,7 @@ def _count(points: Sequence[Point], state: str) -> int:
 
 
 def _row(point: Point, names: Sequence[str]) -> str:
-    settings = " | ".join(short_value(point.settings[name]) for name in names)
+    settings = " | ".join(short_value(point.settings.get(name, "")) for name in names)
     by = point.losses.get(point.last_rung, {})
     if not by:
         return f"| {point.number} | {settings} | {point.state} | | | | | | |"
@@ -140,7 +143,7 @@ def draw(sweep: Sweep, points: Sequence[Point]) -> dict[str, bytes]:
     done = [point for point in points if point.state == "done"]
     if len(done) < 2:
         return {}
-    names = list(sweep.spec.space)
+    names = [name for name in names_of(sweep.spec.space) if all(name in point.settings for point in done)]
     pictures = {"parallel.png": _parallel(names, done)}
     listed = [name for name in names if len({point.settings[name] for point in done}) > 1]
     listed = [name for name in listed if len({point.settings[name] for point in done}) <= 12]

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from relora_ray import metrics
 from relora_ray.checkpoint.history import read_origin
 from relora_ray.config import RunConfig
 from relora_ray.errors import DamagedError
+from relora_ray.runs import metrics
 from relora_ray.storage import Storage
-from relora_ray.sweep.space import WARM, Settings, Value
+from relora_ray.sweep.dimension import Settings, Value
+from relora_ray.sweep.space import WARM
 
 POINTS = "points"
 STATES = ("begun", "done", "halved", "replaced", "diverged", "failed")
@@ -109,8 +110,10 @@ def held_out_loss(run: Storage, step: int) -> float | None:
 def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
     """What a run came to besides its loss: memory, speed, sizes."""
     records = metrics.read_kinds(run)
-    steps, shapes = metrics.latest(records["train"]), records["attempt"][:1] + records["boundary"]
-    trainable, total = shapes[-1]["num_trainable"], shapes[-1]["num_parameters"]
+    steps, last = metrics.latest(records["train"]), metrics.structures(records)[-1]
+    trainable = last["num_trainable"]
+    # Versions that recorded none counted 16 bytes for what is trained.
+    state = last.get("state_bytes") or {"by shape": 4 * last["num_parameters"] + 12 * trainable}
     origin = read_origin(run)
     step_s = statistics.median(record["step_s"] for record in steps)
     return {
@@ -123,8 +126,7 @@ def measured(cfg: RunConfig, run: Storage) -> dict[str, Any]:
         "train_s": sum(record["step_s"] for record in steps),
         "gpu_s": sum(record["step_s"] for record in steps) * cfg.cluster.workers * cfg.cluster.gpus_per_worker,
         "num_trainable": trainable,
-        # Versions before counted 16 bytes for what is trained, and recorded none.
-        "state_bytes": sum(shapes[-1].get("state_bytes", {"": 4 * total + 12 * trainable}).values()),
+        "state_bytes": sum(state.values()),
         "peak_memory_bytes": max((r["peak_memory_bytes"] for r in records["end"]), default=0),
     }
 
@@ -179,11 +181,12 @@ def importance(points: Sequence[Point], *, resamples: int = 500, seed: int = 0) 
     Seeds are blocks: what a seed adds to all points' losses counts neither as noise nor as a difference. Noise is what
     seeds add to some points only. With one seed it cannot be told from differences within a key's values, which are
     taken for it, and pairs are given only where that leaves something to judge them by. Points of a random search
-    differ in all keys at once: with few of them a key may take another's share.
+    differ in all keys at once: with few of them a key may take another's share. A key that only some rows have is left
+    out.
     """
     done = [p for p in points if p.state == "done"]
     seeds = sorted(set.intersection(*(set(p.losses[p.last_rung]) for p in done))) if done else []
-    names = list(dict.fromkeys(name for p in done for name in p.settings))
+    names = list(dict.fromkeys(name for p in done for name in p.settings if all(name in q.settings for q in done)))
     groups = {name: _binned([p.settings[name] for p in done]) for name in names}
     groups = {name: values for name, values in groups.items() if len(set(values)) > 1}
     effects = [(name,) for name in groups] + list(combinations(groups, 2))

@@ -20,66 +20,36 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import count, product
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from relora_ray.config import RunConfig, Section, nearest
-from relora_ray.config_file import check, parse_mapping, read_text
+from relora_ray.config.edit import drop, put
+from relora_ray.config.explain import explain
+from relora_ray.config.file import check, parse_mapping, read_text
+from relora_ray.config.lengths import SHORT
 from relora_ray.errors import ConfigError
 from relora_ray.keyed import key
-
-Value = int | float | str | bool
-Settings = dict[str, Value]
-"""One point: values by dotted key."""
+from relora_ray.sweep.dimension import (
+    Dimension,
+    Plain,
+    Range,
+    Row,
+    Settings,
+    Value,
+    branches,
+    is_rows,
+    num_combinations,
+    read_space,
+    row_of,
+    walk,
+)
 
 MAX_POINTS = 10_000
-DECIDED = (
-    "name", "storage", "storage_options", "seed", "train.stop_after_steps", "train.eval_", "cluster.", "checkpoint.",
-    "data.path", "data.fingerprint",
-)  # fmt: skip
-"""Keys that a sweep sets itself, that make no difference to a result, or that decide how points are compared."""
-
-
-class Range(Section):
-    min: float
-    max: float
-    log: bool = False
-    """Uniform in the logarithm."""
-    whole: bool = False
-    """Whole numbers only."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Range:
-        if not self.min < self.max:
-            raise ValueError(f"min={self.min:g} is not less than max={self.max:g}")
-        if self.log and self.min <= 0:
-            raise ValueError(f"min={self.min:g} with log: true must be above 0")
-        if self.whole and not (self.min.is_integer() and self.max.is_integer()):
-            raise ValueError(f"min={self.min:g} and max={self.max:g} with whole: true must be whole numbers")
-        return self
-
-    def at(self, share: float) -> int | float:
-        """From `min` at 0 to `max` at 1."""
-        if self.log:
-            value = math.exp(math.log(self.min) + share * (math.log(self.max) - math.log(self.min)))
-        else:
-            value = self.min + share * (self.max - self.min)
-            if self.whole:  # each equally often, the ends too
-                value = math.floor(self.min + share * (self.max - self.min + 1))
-        return self.nearest(value)
-
-    def nearest(self, value: float) -> int | float:
-        """What is in the range; with six digits."""
-        value = min(max(value, self.min), self.max)
-        return round(value) if self.whole else float(f"{value:.6g}")
-
-
-Dimension = Annotated[tuple[Value, ...], Field(min_length=1)] | Range
 
 
 class Halving(Section):
@@ -88,6 +58,7 @@ class Halving(Section):
     many cycles."""
 
     factor: int = Field(2, ge=2)
+    """One in so many goes on."""
     first_rung: int = Field(1, gt=0)
     """In common cycle ends: nobody is ended before this one."""
 
@@ -101,11 +72,13 @@ class Population(Section):
     factor: float = Field(1.25, gt=1)
     """A step in a range is a value times or over this; in a list it is to a neighbour, so give lists in order."""
     every_rungs: int = Field(1, gt=0)
+    """In common cycle ends: points are compared at every so many."""
 
 
 class SweepConfig(Section):
     space: dict[str, Dimension] = Field(min_length=1)
-    """By dotted key of the run's config: a list of values, or {min, max, log, whole}."""
+    """By dotted key of the run's config: a list of values, or {min, max, log, whole}; by section: rows, which are lists
+    of keys and values with names (dimension.py)."""
     search: Literal["grid", "random", "tpe"] = "grid"
     """grid: all combinations of the lists. random: `trials` points drawn by `seed`. tpe: `trials` points, each chosen
     by what those before came to (Optuna's Tree-structured Parzen Estimator)."""
@@ -132,17 +105,13 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:
-        for name, values in (("seeds", self.seeds), *((f"space.{k}", v) for k, v in self.space.items())):
-            if isinstance(values, tuple) and len(set(values)) < len(values):
-                raise ValueError(f"sweep.{name}={list(values)} has a value twice: every run counts once. Remove one.")
-        for name in self.space:
-            if name.startswith(DECIDED):
-                raise ValueError(f"sweep.space.{name} is not for a sweep to search. Remove it.")
-        ranges = [name for name, dimension in self.space.items() if isinstance(dimension, Range)]
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"sweep.seeds={list(self.seeds)} has a value twice: every run counts once. Remove one.")
+        ranges = [where for where, dimension in _named(self.space) if isinstance(dimension, Range)]
         if self.search == "grid" and ranges:
             raise ValueError(
-                f"sweep.space.{ranges[0]} is a range, and sweep.search=grid needs lists. List its values, or set "
-                f"sweep.search to random or tpe."
+                f"{ranges[0]} is a range, and sweep.search=grid needs lists. List its values, or set sweep.search to "
+                f"random or tpe."
             )
         if self.search == "grid" and self.trials is not None:
             raise ValueError(f"sweep.trials={self.trials} with sweep.search=grid: a grid has its own number of points.")
@@ -157,6 +126,11 @@ class SweepConfig(Section):
             raise ValueError(f"sweep.objectives={list(self.objectives)} must begin with loss and name each once.")
         if len(self.objectives) > 1 and self.search != "tpe":
             raise ValueError(f"sweep.objectives={list(self.objectives)} matter to sweep.search=tpe only. Remove it.")
+        if self.population and (rows := [name for name, d in self.space.items() if is_rows(d)]):
+            raise ValueError(
+                f"sweep.population moves single settings a step, and sweep.space.{rows[0]} has rows of whole sections. "
+                f"Remove sweep.population, or give lists and ranges in place of rows."
+            )
         if self.population and (self.halving or self.search == "tpe"):
             raise ValueError(
                 "sweep.population chooses who goes on by itself, from points of grid or random search: remove "
@@ -175,14 +149,26 @@ class SweepConfig(Section):
         """All there are, of lists and whole numbers; nothing if a range has values without end."""
         if math.isinf(self._combinations()):
             return
-        values = [d if isinstance(d, tuple) else range(int(d.min), int(d.max) + 1) for d in self.space.values()]
-        for point in product(*values):
-            yield dict(zip(self.space, point, strict=True))
+        for plain in branches(self.space):
+            values = [d if isinstance(d, tuple) else range(int(d.min), int(d.max) + 1) for d in plain.values()]
+            for point in product(*values):
+                yield dict(zip(plain, point, strict=True))
 
     def _combinations(self) -> float:
-        return math.prod(
-            len(d) if isinstance(d, tuple) else d.max - d.min + 1 if d.whole else math.inf for d in self.space.values()
-        )
+        return sum(num_combinations(plain) for plain in branches(self.space))
+
+    def rows(self, settings: Settings) -> dict[str, Row]:
+        """By section: those that a point has chosen."""
+        return {name: row_of(d, settings[name]) for name, d in self.space.items() if is_rows(d)}
+
+
+def _named(space: dict[str, Dimension]) -> Iterator[tuple[str, Plain]]:
+    """All lists and ranges, those of rows too, with where they are."""
+    for name, dimension in space.items():
+        if is_rows(dimension):
+            yield from ((f"sweep.space.{name} row {r.name!r}, {k},", d) for r in dimension for k, d in r.space.items())
+        else:
+            yield f"sweep.space.{name}", dimension
 
 
 @dataclass(frozen=True)
@@ -228,12 +214,20 @@ class Sweep:
         yield f"sweep {self.name}: {spec.num_points} points of {spec.search} search, seeds {seeds}"
         for name, dimension in spec.space.items():
             yield f"  {name}: {_described(dimension)}"
+            for row in dimension if is_rows(dimension) else ():
+                parts = [f"{k.removeprefix(f'{name}.')}={short_value(v)}" for k, v in row.set.items()]
+                parts += [f"{k.removeprefix(f'{name}.')}: {_described(d)}" for k, d in row.space.items()]
+                yield f"    {row.name}: {'  '.join(parts)}"
         rungs = ", ".join(f"{step:,}" for _, step in self.stops)
         yield f"  compared after {rungs} updates, {spec.concurrent} point(s) at a time"
 
     def config(self, number: int, settings: Settings, seed: int) -> RunConfig:
         """Of one run. ConfigError, naming the point, if the settings do not fit."""
-        return _config(self.base, number, settings, seed)
+        return _config(self.spec, self.base, number, settings, seed)
+
+    def settled(self, settings: Settings) -> dict[str, Any]:
+        """The config, as a mapping, that a point's settings make of the sweep's own."""
+        return settled(self.spec, self.base, settings)
 
 
 def is_sweep(path: str) -> bool:
@@ -244,14 +238,17 @@ def load_sweep(path: str, overrides: list[str] | None = None) -> Sweep:
     """Raises ConfigError: for a mistake in the space, and for every point that is none."""
     raw = parse_mapping(read_text(path), overrides, source=path)
     spec = _spec(raw.pop("sweep"))
-    for name in (override.partition("=")[0] for override in overrides or []):
-        if name in spec.space:
+    for name in (override.partition("=")[0].lstrip("~") for override in overrides or []):
+        if where := _decided_by(spec, name):
             raise ConfigError(
-                f"{name} is searched by the sweep: sweep.space gives its values, and {name}=... has no effect."
+                f"{name} is searched by the sweep: {where} gives its values, and {name}=... has no effect."
             )
-    plain = check(raw)  # what every point starts from must itself be a run
-    configs = {json.dumps(s): _config(raw, n, s, spec.seeds[0]) for n, s in enumerate(_possible_points(spec))}
-    rungs = _rungs(list(configs.values()))
+    possible = _possible_points(spec)
+    # What every point starts from must itself be a run; with rows of a section it need not be one without them.
+    plain = None if spec.rows(possible[0]) else check(raw)
+    configs = _all_configs(spec, raw, possible)
+    plain = plain or _checked(spec, raw, possible[0])
+    rungs = _rungs(configs)
     if spec.max_gpu_hours and not plain.cluster.gpus_per_worker:
         raise ConfigError(
             f"sweep.max_gpu_hours={spec.max_gpu_hours:g} with cluster.gpus_per_worker=0 would never end the sweep. Use "
@@ -261,33 +258,76 @@ def load_sweep(path: str, overrides: list[str] | None = None) -> Sweep:
               "population.every_rungs": spec.population and spec.population.every_rungs}  # fmt: skip
     for name, first in needed.items():
         if first and len(rungs) < first + 1:
+            without = next((c.method.kind for c in configs if not c.method.cycles(c.steps)), None)
+            fix = "Use cycle lengths that are multiples of each other"
+            if without:
+                fix = f"Remove sweep.{name.partition('.')[0]}: method.kind={without} has no cycles"
             raise ConfigError(
                 f"sweep.{name}={first} needs more cycle ends that all points have in common; they have "
-                f"{', '.join(map(str, rungs))}. Use cycle lengths that are multiples of each other."
+                f"{', '.join(map(str, rungs))}. {fix}."
             )
     return Sweep(plain.name, f"{plain.storage}/{plain.name}", spec, raw, rungs)
 
 
+def _decided_by(spec: SweepConfig, name: str) -> str:
+    """Which part of the space gives a key its values, if one does, whatever the config says of it; or ""."""
+    name = SHORT.get(name, name)
+    for section, dimension in spec.space.items():
+        if not is_rows(dimension):
+            if SHORT.get(section, section) == name:
+                return "sweep.space"
+            continue
+        givers = [row for row in dimension if name in {SHORT.get(key, key) for key in (*row.set, *row.space)}]
+        if len(givers) == len(dimension):
+            return f"every row of sweep.space.{section}"
+        if givers:  # it would count for some rows only, which nobody sees
+            return f"sweep.space.{section} row {givers[0].name!r}"
+    return ""
+
+
+def _all_configs(spec: SweepConfig, raw: dict[str, Any], points: Sequence[Settings]) -> list[RunConfig]:
+    """Of all points. ConfigError: with rows the first mistake in each combination of them, else the first of all."""
+    found, problems = [], dict[str, ConfigError]()
+    for number, settings in enumerate(points):
+        try:
+            found.append(_config(spec, raw, number, settings, spec.seeds[0]))
+        except ConfigError as error:
+            rows = {name: row.name for name, row in spec.rows(settings).items()}
+            if not rows:
+                raise
+            problems.setdefault(json.dumps(rows), error)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(str(error) for error in problems.values())))
+    return found
+
+
 def _spec(raw: Any) -> SweepConfig:
+    if not isinstance(raw, dict):
+        raise ConfigError("sweep is no section. Write it as sweep: {space: {method.lora_rank: [4, 16]}}.")
+    unknown = [
+        f"unknown key sweep.{key}={value!r}.{nearest(str(key), list(SweepConfig.model_fields))}"
+        for key, value in raw.items()
+        if key not in SweepConfig.model_fields
+    ]
+    if "space" not in raw:
+        raise ConfigError("\n".join([*unknown, "sweep.space is missing: it says what is tried, by key."]))
     try:
-        return SweepConfig.model_validate(raw)
+        raw = raw | {"space": read_space(raw["space"])}
+    except ConfigError as error:
+        raise ConfigError("\n".join([*unknown, str(error)])) from None
+    lines = list(unknown)
+    try:
+        spec = SweepConfig.model_validate({k: v for k, v in raw.items() if k in SweepConfig.model_fields})
     except ValidationError as error:
-        lines = []
-        for detail in error.errors():
-            dotted = ".".join(["sweep", *map(str, detail["loc"])])
-            if detail["type"] == "extra_forbidden":
-                hint = nearest(str(detail["loc"][-1]), list(SweepConfig.model_fields))
-                lines.append(f"unknown key {dotted}={detail['input']!r}.{hint}")
-            elif detail["type"] == "value_error" and len(detail["loc"]) == 0:
-                lines.append(detail["msg"].removeprefix("Value error, "))
-            else:
-                lines.append(f"{dotted}={detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}")
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+        lines += [line for detail in error.errors() for line in explain(detail, at=SweepConfig, prefix="sweep")]
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return spec
 
 
 def _points(spec: SweepConfig) -> list[Settings]:
     if spec.search == "grid":
-        return _combinations(spec, [_listed(dimension) for dimension in spec.space.values()])
+        return _combinations([{n: _listed(d) for n, d in plain.items()} for plain in branches(spec.space)])
     if spec.search == "random":
         assert spec.trials is not None
         chosen: dict[str, Settings] = {}
@@ -303,63 +343,78 @@ def _possible_points(spec: SweepConfig) -> list[Settings]:
     points = _points(spec)
     if spec.search != "tpe" and not spec.population:
         return points
-    corners = _combinations(spec, [d if isinstance(d, tuple) else (d.at(0.0), d.at(1.0)) for d in spec.space.values()])
+    parts = list(branches(spec.space))
+    ends = [{n: d if isinstance(d, tuple) else (d.at(0.0), d.at(1.0)) for n, d in plain.items()} for plain in parts]
     between = [
-        corners[0] | {name: value}
-        for name, d in spec.space.items()
+        {n: values[0] for n, values in corner.items()} | {name: value}
+        for plain, corner in zip(parts, ends, strict=True)
+        for name, d in plain.items()
         if isinstance(d, Range) and d.whole
         for value in range(int(d.min) + 1, min(int(d.max), int(d.min) + MAX_POINTS))
     ]
-    return list({json.dumps(point): point for point in points + corners + between}.values())
+    return list({json.dumps(point): point for point in points + _combinations(ends) + between}.values())
 
 
-def _combinations(spec: SweepConfig, values: list[tuple[Value, ...]]) -> list[Settings]:
-    if (number := math.prod(map(len, values))) > MAX_POINTS:
+def _combinations(parts: Sequence[dict[str, tuple[Value, ...]]]) -> list[Settings]:
+    if (number := sum(math.prod(map(len, values.values())) for values in parts)) > MAX_POINTS:
         raise ConfigError(f"sweep.space has {number:,} combinations, more than {MAX_POINTS:,}. Shorten its lists.")
-    return [dict(zip(spec.space, point, strict=True)) for point in product(*values)]
+    return [dict(zip(values, point, strict=True)) for values in parts for point in product(*values.values())]
 
 
-def _listed(dimension: Dimension) -> tuple[Value, ...]:
+def _listed(dimension: Plain) -> tuple[Value, ...]:
     assert isinstance(dimension, tuple)
     return dimension
 
 
 def drawn(spec: SweepConfig, number: int, attempt: int) -> Settings:
     """One of all there are, at random: a pure function."""
-    point: Settings = {}
-    for name, dimension in spec.space.items():
-        generator = random.Random(key(spec.seed, "sweep", number, name, *([attempt] if attempt else [])))
-        point[name] = generator.choice(dimension) if isinstance(dimension, tuple) else dimension.at(generator.random())
-    return point
+
+    def draw(identity: str, _: str, dimension: Plain) -> Value:
+        generator = random.Random(key(spec.seed, "sweep", number, identity, *([attempt] if attempt else [])))
+        return generator.choice(dimension) if isinstance(dimension, tuple) else dimension.at(generator.random())
+
+    return walk(spec.space, draw)
 
 
-def _config(base: dict[str, Any], number: int, settings: Settings, seed: int) -> RunConfig:
-    raw = with_settings(base, settings)
-    raw |= {"seed": seed, "name": run_name(number, seed), "storage": f"{base.get('storage', 'runs')}/{base['name']}"}
-    cluster = raw.get("cluster") or {}
+def _config(spec: SweepConfig, base: dict[str, Any], number: int, settings: Settings, seed: int) -> RunConfig:
+    name, storage = base.get("name"), base.get("storage", "runs")
+    cluster = base.get("cluster") or {}
     # All points at the same speed: none trains with fewer workers while it waits for others.
-    raw["cluster"] = cluster | {"min_workers": cluster.get("workers", 1)}
+    own = {"seed": seed, "name": run_name(number, seed), "storage": f"{storage}/{name}"}
+    return _checked(spec, base, settings, own | {"cluster": cluster | {"min_workers": cluster.get("workers", 1)}})
+
+
+def _checked(
+    spec: SweepConfig, base: dict[str, Any], settings: Settings, own: dict[str, Any] | None = None
+) -> RunConfig:
+    """The config of a point. ConfigError, behind the names of its rows or the point's settings."""
+    rows = spec.rows(settings)
     try:
-        return check(raw)
-    except ConfigError as error:
-        raise ConfigError(f"the point {text(settings)} is no run: {error}") from error
+        return check(settled(spec, base, settings) | (own or {}))
+    except (ConfigError, ValueError) as error:
+        named = " with ".join(f"sweep.space.{name} row {row.name!r}" for name, row in rows.items())
+        if not named:
+            raise ConfigError(f"the point {text(settings)} is no run: {error}") from error
+        others = {k: v for k, v in settings.items() if k not in rows}
+        where = named + (f", {text(others)}" if others else "")
+        raise ConfigError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from error
 
 
-def with_settings(base: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """A copy of a run's config, as a mapping, with values put in by dotted key."""
-    raw = copy.deepcopy(base)
-    for dotted, value in settings.items():
-        *sections, name = dotted.split(".")
-        node = raw
-        for section in sections:
-            if not isinstance(node.get(section), dict):
-                node[section] = {}
-            node = node[section]
-        node[name] = value
+def settled(spec: SweepConfig, base: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A copy of a run's config, as a mapping, with a point's rows and values put in. ValueError if one is put
+    below what is no section."""
+    raw, rows = copy.deepcopy(base), spec.rows(settings)
+    for row in rows.values():
+        put(raw, {name: value for name, value in row.set.items() if value is not None})
+        for name in (name for name, value in row.set.items() if value is None):
+            drop(raw, name)
+    put(raw, {name: value for name, value in settings.items() if name not in rows})
     return raw
 
 
 def _described(dimension: Dimension) -> str:
+    if is_rows(dimension):
+        return ", ".join(row.name for row in dimension)
     if isinstance(dimension, Range):
         kinds = [name for name in ("log", "whole") if getattr(dimension, name)]
         return f"{dimension.min:g} to {dimension.max:g}{' (' + ', '.join(kinds) + ')' if kinds else ''}"
@@ -379,12 +434,12 @@ def text(settings: Settings) -> str:
     return " ".join(f"{name.rpartition('.')[2]}={short_value(value)}" for name, value in settings.items())
 
 
-def short_value(value: Value) -> str:
+def short_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _rungs(configs: list[RunConfig]) -> tuple[int, ...]:
-    """Cycle ends that all have in common, or the end alone."""
+    """Cycle ends that all that have cycles have in common, or the end alone. What has none can be compared anywhere."""
     lengths = sorted({(cfg.steps, cfg.tokens_per_step) for cfg in configs})
     if len(lengths) > 1:
         shown = ", ".join(f"{steps} updates of {tokens} tokens" for steps, tokens in lengths[:3])
@@ -392,8 +447,9 @@ def _rungs(configs: list[RunConfig]) -> tuple[int, ...]:
             f"sweep.space gives runs of different lengths: {shown}. At unequal tokens they cannot be compared. Remove "
             f"from it what changes them."
         )
-    common = reduce(lambda a, b: a & b, (set(_comparable(cfg)) for cfg in configs))
-    return tuple(sorted(common))
+    if not (cycles := [set(_comparable(cfg)) for cfg in configs if cfg.merges]):
+        return (configs[0].steps,)
+    return tuple(sorted(set.intersection(*cycles)))
 
 
 def _comparable(cfg: RunConfig) -> Iterator[int]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from relora_ray.errors import ConfigError
 from relora_ray.keyed import key
+from relora_ray.sweep.dimension import Plain, Range, Settings, Value, walk
 from relora_ray.sweep.results import Point
-from relora_ray.sweep.space import Dimension, Range, Settings, SweepConfig, drawn
+from relora_ray.sweep.space import SweepConfig, drawn
 
 LARGER_IS_BETTER = ("tokens_per_s",)
 
@@ -54,19 +55,43 @@ _NUM_TRIES = 20
 
 def _asked(spec: SweepConfig, parts: tuple[int, ...], points: Sequence[Point]) -> Settings:
     optuna = import_optuna()
-    space = {name: _distribution(optuna, dimension) for name, dimension in spec.space.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=key(spec.seed, "tpe", *parts) % 2**32, constant_liar=True)
     directions = ["maximize" if name in LARGER_IS_BETTER else "minimize" for name in spec.objectives]
     study = optuna.create_study(sampler=sampler, directions=directions)
     for point in sorted(points, key=lambda p: p.number):
-        known = {"params": point.settings, "distributions": space}
+        known = _as_trial(optuna, spec, point.settings)
         if point.state == "begun":
             study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, **known))
         elif values := _values(spec, point):
             study.add_trial(optuna.trial.create_trial(values=values, **known))
-    return {name: _plain(value) for name, value in study.ask(space).params.items()}
+    asked = study.ask()
+
+    def choose(identity: str, _: str, dimension: Plain) -> Value:
+        return _plain(_suggested(asked, identity, dimension))
+
+    return walk(spec.space, choose)
+
+
+def _as_trial(optuna: Any, spec: SweepConfig, settings: Settings) -> dict[str, Any]:
+    """A point's values, by the ids of what it has: a row's own keys are none of another's."""
+    params, distributions = dict[str, Any](), dict[str, Any]()
+
+    def known(identity: str, name: str, dimension: Plain) -> Value:
+        params[identity], distributions[identity] = settings[name], _distribution(optuna, dimension)
+        return settings[name]
+
+    walk(spec.space, known)
+    return {"params": params, "distributions": distributions}
+
+
+def _suggested(trial: Any, identity: str, dimension: Plain) -> Any:
+    if not isinstance(dimension, Range):
+        return trial.suggest_categorical(identity, dimension)
+    if dimension.whole:
+        return trial.suggest_int(identity, int(dimension.min), int(dimension.max), log=dimension.log)
+    return trial.suggest_float(identity, dimension.min, dimension.max, log=dimension.log)
 
 
 def _values(spec: SweepConfig, point: Point) -> list[float]:
@@ -78,7 +103,7 @@ def _values(spec: SweepConfig, point: Point) -> list[float]:
     return values if all(map(math.isfinite, values)) else []
 
 
-def _distribution(optuna: Any, dimension: Dimension) -> Any:
+def _distribution(optuna: Any, dimension: Plain) -> Any:
     if not isinstance(dimension, Range):
         return optuna.distributions.CategoricalDistribution(dimension)
     if dimension.whole:

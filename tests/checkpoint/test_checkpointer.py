@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from relora_ray.checkpoint import layout, list_manifests, read_manifest
 from relora_ray.checkpoint import parts as parts_module
 from relora_ray.checkpoint.ownership import Term, new_driver
 from relora_ray.checkpoint.parts import read_index
-from relora_ray.checkpoints import prune, verify
+from relora_ray.commands.checkpoints import prune, verify
+from relora_ray.commands.export import export
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, ConfigError, DataError, NotSavedError, RankFailedError, StorageError
-from relora_ray.export import export
 from relora_ray.loop import run_attempt
-from relora_ray.parallel import World
-from relora_ray.runs import find_setting, load_trained, run_storage
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.run import load_trained
+from relora_ray.runs.setting import find_setting
 from relora_ray.storage import Storage
 from relora_ray.verdict import verdict
 from tests.test_storage import small_disk  # noqa: F401
@@ -165,15 +168,15 @@ def test_metrics_and_pruning_that_fail_do_not_end_the_run(
 
 
 def test_interrupted_export_is_done_again(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Storage.put
+    original = Storage.put_file
 
-    def die_at_weights(self: Storage, path: str, data: bytes) -> None:
+    def die_at_weights(self: Storage, path: str, *given: Any, **more: Any) -> None:
         if path == "model.safetensors":
             raise Crash
-        original(self, path, data)
+        original(self, path, *given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "put", die_at_weights)
+        patch.setattr(Storage, "put_file", die_at_weights)
         with pytest.raises(Crash):
             run(cfg)
     assert not run_storage(cfg).exists("model/config.json")

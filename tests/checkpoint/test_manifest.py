@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,16 @@ from relora_ray.checkpoint.history import (
     removal_path,
     removals_text,
 )
-from relora_ray.checkpoint.manifest import Counters, Manifest, Part, Sign, StoredObject, keep_for_divergence
+from relora_ray.checkpoint.manifest import (
+    Counters,
+    HeldOut,
+    Manifest,
+    Part,
+    Sign,
+    StoredObject,
+    best_of,
+    keep_for_divergence,
+)
 from relora_ray.errors import CheckpointError, ConfigError
 from relora_ray.storage import Storage
 
@@ -153,6 +163,48 @@ def test_nothing_that_a_kept_manifest_names_is_ever_deleted() -> None:
         assert len(kept) >= min(keep, len(ms))
         assert ms[-1] in kept
         assert not folders(*kept) & set(removal.folders)
+
+
+def evaluated(losses: dict[int, float | None], tokens: int = 10) -> list[Manifest]:
+    """A line of checkpoints; None: one that was not evaluated."""
+    line, counters = [], Counters()
+    for step, loss in losses.items():
+        if loss is not None:
+            counters = counters.after_evaluation(HeldOut(step=step, loss=loss, tokens=tokens))
+        line.append(manifest(step).model_copy(update={"counters": counters}))
+    return line
+
+
+def test_best_is_the_lowest_that_can_be_compared_and_the_first_of_equal_ones() -> None:
+    line = evaluated({0: 9.0, 10: 3.0, 15: None, 20: 3.0, 30: 4.0})
+    assert best_of(line) is line[1]
+    assert [m.held_out is None for m in line] == [False, False, True, False, False]
+    assert [m.counters.best.step for m in line] == [0, 10, 10, 10, 10]
+    more_text = line[-1].counters.after_evaluation(HeldOut(step=40, loss=5.0, tokens=20))
+    assert more_text.best == more_text.held_out
+    line.append(manifest(40).model_copy(update={"counters": more_text}))
+    assert best_of(line) is line[-1]
+    assert best_of([manifest(0), manifest(5)]) is None
+    with pytest.raises(ValueError, match="finite"):
+        HeldOut(step=0, loss=float("nan"), tokens=1)
+
+
+def test_best_is_kept_and_what_was_the_best_where_the_run_may_go_back_to() -> None:
+    def kept(line: list[Manifest], **keep: Any) -> list[int]:
+        dropped = plan_prune(line, keep_last=1, keep_every_steps=0, **keep)
+        return [m.step for m in line if m not in dropped]
+
+    line = evaluated({0: 9.0, 10: 3.0, 20: 5.0, 30: 4.0, 40: 6.0})
+    assert kept(line) == [40]
+    assert kept(line, keep_best=True) == [10, 40]
+    sign = {"signs": (Sign(step=35, number=1),)}
+    line = evaluated({0: 9.0, 10: 3.0, 20: 5.0, 30: 4.0, 40: 2.0})
+    line[-1] = line[-1].model_copy(update={"counters": line[-1].counters.model_copy(update=sign)})
+    assert kept(line) == [30, 40], "it may go back to 30"
+    assert kept(line, keep_best=True) == [10, 30, 40], "where 10 is the best again"
+    unsaved = evaluated({0: 9.0, 10: 3.0, 20: 5.0, 30: 6.0})
+    del unsaved[1]
+    assert kept(unsaved, keep_best=True) == [20, 30], "the best of those that were stored"
 
 
 def put(storage: Storage, *manifests: Manifest) -> None:

@@ -13,15 +13,16 @@ from torch import nn
 
 from relora_ray.checkpoint import read_manifest
 from relora_ray.checkpoint.parts import read_whole_index
-from relora_ray.checkpoints import show_lines, verify
-from relora_ray.config import FullConfig, RunConfig
+from relora_ray.commands.checkpoints import show_lines, verify
+from relora_ray.config import RunConfig
 from relora_ray.conformance.processes import run_ranks
 from relora_ray.loop import run_attempt
-from relora_ray.methods import METHODS
 from relora_ray.methods.full import Full
-from relora_ray.optim import trainable
-from relora_ray.parallel import World
-from relora_ray.runs import check_run, run_storage
+from relora_ray.methods.full_config import FullConfig
+from relora_ray.modeling.optim import trainable
+from relora_ray.modeling.parallel import World
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import check_run
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
 PLAIN = {"kind": "cosine", "warmup_steps": 1}
@@ -59,9 +60,12 @@ class WithProjection(Full):
         return type(self).make(trainable(model))
 
 
+WITH_PROJECTION = f"{__name__}:WithProjection"
+
+
 @pytest.fixture
 def cfg(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setitem(METHODS, FullConfig, WithProjection)
+    monkeypatch.setattr(FullConfig, "implementation", WITH_PROJECTION)
     return tiny_config(data, tmp_path, method={"kind": "full"}, schedule=PLAIN)
 
 
@@ -98,7 +102,7 @@ def test_what_holds_zeros_only_is_named_and_is_zeros_again(cfg: RunConfig) -> No
 def stop_and_go_on(cfg: RunConfig) -> tuple[int, dict[int, float]]:
     """On one of several ranks: the digest of its last state, and losses after step 6."""
     records: list[Any] = []
-    with patch.dict(METHODS, {FullConfig: WithProjection}):
+    with patch.object(FullConfig, "implementation", WITH_PROJECTION):
         stopped = cfg.model_copy(update={"train": cfg.train.model_copy(update={"stop_after_steps": 6})})
         run_attempt(check_run(stopped), World.current())
         state = run_attempt(check_run(cfg), World.current(), on_record=records.append)
@@ -139,6 +143,12 @@ class InTheGroup(Projecting):
         self.param_groups[0]["d"] = self.param_groups[0].get("d", 1.0) * 2
 
 
+class Misspelt(Projecting):
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.param_groups[1]["lr_rato"] = self.param_groups[1].pop("lr_ratio")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -146,9 +156,10 @@ class InTheGroup(Projecting):
         (kept(queue=[0.5]), r"keeps queue=\[0\.5\] of"),
         (kept(**{"a.b": torch.ones(1)}), r"under keys without a dot"),
         (OfTheWhole, r"keeps \['rate'\] of what is no parameter"),
-        (InTheGroup, r"group has d=4\.0, and had None.*|group has d=.*Keep there what changes"),
+        (InTheGroup, r"group has d=4\.0, and had None.*Keep there what changes"),
+        (Misspelt, r"has lr_rato=0\.5, which no one reads\. Did you mean 'lr_ratio'\?"),
     ],
-    ids=["number", "list", "dot", "global", "group"],
+    ids=["number", "list", "dot", "global", "group", "misspelt"],
 )
 def test_what_a_checkpoint_would_lose_is_refused(cfg: RunConfig, make: type[Projecting], message: str) -> None:
     with patch.object(WithProjection, "make", make), pytest.raises(TypeError, match=message):

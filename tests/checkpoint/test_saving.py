@@ -20,8 +20,8 @@ from relora_ray.checkpoint.manifest import Manifest, StoredObject
 from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, NotSavedError, StorageError
-from relora_ray.metrics import Record
-from relora_ray.runs import run_storage
+from relora_ray.runs.metrics import Record
+from relora_ray.runs.places import run_storage
 from relora_ray.storage import Storage
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 

@@ -21,15 +21,18 @@ from torch import nn
 
 from relora_ray import loop
 from relora_ray.checkpoint import commit
-from relora_ray.config import LoraConfig, ResetConfig
 from relora_ray.conformance.implementation import Spec, Trace
 from relora_ray.conformance.ours import Ours, state_tensors
 from relora_ray.data import loader
-from relora_ray.methods import relora
-from relora_ray.methods.lowrank import adapter_parameters, low_rank_layers, redraw_all_, wrap_
-from relora_ray.methods.relora import Relora
-from relora_ray.optim import MOMENTS, prune_state_
-from relora_ray.parallel import World
+from relora_ray.methods import base
+from relora_ray.methods.adapter import adapter_parameters, redraw_all_
+from relora_ray.methods.lowrank import relora
+from relora_ray.methods.lowrank.config import LoraConfig, ResetConfig
+from relora_ray.methods.lowrank.layer import low_rank_layers, wrap_
+from relora_ray.methods.lowrank.relora import Relora
+from relora_ray.methods.lowrank.reset import prune_state_
+from relora_ray.modeling.optim import MOMENTS
+from relora_ray.modeling.parallel import World
 
 
 class ZeroesAAtWrap(Ours):
@@ -125,10 +128,10 @@ class SavesBeforeTheMerge(Ours):
         cross, save = loop._cross_boundary, loop.Checkpointer.save
         before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def crossing(world: Any, method: Any, state: loop.TrainState, done: int, *args: Any) -> Any:
-            if done > spec.warm_start_steps:
+        def crossing(cfg: Any, world: Any, method: Any, state: loop.TrainState, *args: Any) -> Any:
+            if state.position.step > spec.warm_start_steps:
                 before.extend((t, t.clone()) for t in state_tensors(state))
-            return cross(world, method, state, done, *args)
+            return cross(cfg, world, method, state, *args)
 
         def saving(*args: Any, **kwargs: Any) -> Any:
             after = [(t, t.clone()) for t, _ in before]
@@ -304,7 +307,7 @@ class UpdatesWithNan(Ours):
 
     def train(self, spec: Spec) -> Trace:
         careless = SimpleNamespace(**{**vars(math), "isfinite": lambda value: True})
-        with patch.object(loop, "math", careless):
+        with patch.object(loop, "math", careless), patch.object(base, "math", careless):
             return super().train(spec)
 
 

@@ -11,6 +11,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from relora_ray.commands.export import export
 from relora_ray.data.prepare import Request, prepare_with_notes
 from relora_ray.data.tokenizer import (
     begin_token_ids,
@@ -22,8 +23,7 @@ from relora_ray.data.tokenizer import (
 )
 from relora_ray.data.tokens import DataIndex
 from relora_ray.errors import ConfigError, DataError
-from relora_ray.export import export
-from relora_ray.runs import run_storage
+from relora_ray.runs.places import run_storage
 from relora_ray.storage import Storage
 from tests.conftest import TOKENIZER
 from tests.tiny import run, tiny_config

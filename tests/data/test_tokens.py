@@ -13,7 +13,7 @@ from relora_ray.data.loader import BatchSource
 from relora_ray.data.order import step_rows
 from relora_ray.data.tokens import TokenRows, read_index
 from relora_ray.errors import DataError
-from relora_ray.parallel import World
+from relora_ray.modeling.parallel import World
 from relora_ray.storage import Storage
 
 

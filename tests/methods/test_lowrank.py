@@ -11,21 +11,19 @@ import torch
 import transformers
 from torch import nn
 
-from relora_ray.config import LoraConfig
 from relora_ray.errors import ConfigError
-from relora_ray.methods.lora import Lora
-from relora_ray.methods.lowrank import (
+from relora_ray.methods.adapter import adapter_parameters, merge_all_, redraw_all_
+from relora_ray.methods.lowrank.config import LoraConfig
+from relora_ray.methods.lowrank.layer import (
     LowRankLinear,
-    adapter_parameters,
     folded_state_dict,
     join_bf16_int8,
     keep_effective_all_,
     low_rank_layers,
-    merge_all_,
-    redraw_all_,
     split_bf16_int8,
     wrap_,
 )
+from relora_ray.methods.lowrank.lora import Lora
 from tests.tiny import tiny_config
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,17 +10,15 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from relora_ray.config import LoraConfig
 from relora_ray.errors import ConfigError
-from relora_ray.methods.lowrank import (
+from relora_ray.methods.adapter import adapter_parameters, merge_all_, redraw_all_
+from relora_ray.methods.lowrank.config import LoraConfig
+from relora_ray.methods.lowrank.layer import (
     LowRankStack,
-    adapter_parameters,
     folded_state_dict,
     frozen_names,
     low_rank_layers,
-    merge_all_,
     new_adapters_all_,
-    redraw_all_,
     wrap_,
 )
 

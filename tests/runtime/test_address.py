@@ -13,10 +13,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from relora_ray.errors import ConfigError, ReloraError
+from relora_ray.errors import ConfigError
 from relora_ray.runtime import address as module
-from relora_ray.runtime import driver
+from relora_ray.runtime import driver, own_ray
 from relora_ray.runtime.address import cluster_address, refuse_if_dead
+from relora_ray.runtime.preflight import preflight
 from tests.tiny import tiny_config
 
 
@@ -43,7 +44,7 @@ def test_address_that_cannot_be_a_clusters_is_refused_before_anything(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError) as caught:
-        driver.preflight(tiny_config(data, tmp_path / "runs"))
+        preflight(tiny_config(data, tmp_path / "runs"))
     assert f"RAY_ADDRESS={address} " in str(caught.value)
     assert said in str(caught.value)
     assert "such as 10.0.0.1:6379" in str(caught.value)
@@ -113,7 +114,7 @@ def test_dead_cluster_is_found_in_seconds(
     }.items():
         monkeypatch.setenv("RAY_ADDRESS", place)
         with pytest.raises(ConfigError) as caught:
-            driver.run(driver.preflight(cfg), on_event=lambda event: None)
+            driver.run(preflight(cfg), on_event=lambda event: None)
         assert f"RAY_ADDRESS={place}: {said}" in str(caught.value)
     assert time.monotonic() - began < 10
     assert not (tmp_path / "runs").exists(), "nothing was claimed"
@@ -155,17 +156,8 @@ def deny(path: str) -> PermissionError:
         (RuntimeError("the raylet died"), "is below /tmp/ray/session_latest/logs"),
     ],
 )
-def test_ray_that_does_not_start_says_what_to_do(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
-) -> None:
-    """As ray.init raises them; which it does is shown by test_launch_errors, with a real one."""
-
-    def fail(**_: object) -> None:
-        raise error
-
+def test_ray_that_does_not_start_says_what_to_do(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own errors; that they come from there is shown by test_launch_errors, with a real one."""
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr(driver.ray, "init", fail)
-    with pytest.raises(ReloraError) as caught, driver.connected(tiny_config(data, tmp_path)):
-        raise AssertionError
-    assert str(caught.value).startswith(f"no Ray can be started here: {type(error).__name__}: ")
-    assert said in str(caught.value)
+    assert own_ray.why_not(error).startswith(f"{type(error).__name__}: ")
+    assert said in own_ray.why_not(error)

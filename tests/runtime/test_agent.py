@@ -26,7 +26,7 @@ import pytest
 import relora_ray
 from relora_ray.config import ClusterConfig
 from relora_ray.errors import ConfigError
-from relora_ray.runtime import agent
+from relora_ray.runtime import agent, server
 from relora_ray.runtime.messages import Cause, Start
 from relora_ray.runtime.orders import Order
 
@@ -55,24 +55,24 @@ def test_agents_share_a_server_if_they_have_the_same_code_and_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever job they are of, and whatever Ray gives each of them."""
-    key = agent._key()
+    key = server._key()
     for name in ("RAY_JOB_ID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "7")
-    assert agent._key() == key
+    assert server._key() == key
     with monkeypatch.context() as other:
         other.setenv("HF_HUB_OFFLINE", "7")
-        assert agent._key() != key
+        assert server._key() != key
     package = Path(shutil.copytree(Path(relora_ray.__file__).parent, tmp_path / "relora_ray"))
     monkeypatch.setattr(relora_ray, "__file__", str(package / "__init__.py"))
-    key = agent._key()
+    key = server._key()
     os.utime(package / "loop.py", ns=(0, 1))
-    assert agent._key() != key, "code that was edited is imported anew"
-    dated = agent._key()
+    assert server._key() != key, "code that was edited is imported anew"
+    dated = server._key()
     (package / "loop.py").write_text("")
     os.utime(package / "loop.py", ns=(0, 1))
-    assert agent._key() != dated, "whatever date it is given"
+    assert server._key() != dated, "whatever date it is given"
     (package / ".#loop.py").symlink_to("nowhere")
-    agent._key()
+    server._key()
 
 
 def in_another_process(change: Callable[[], None]) -> str:
@@ -82,7 +82,7 @@ def in_another_process(change: Callable[[], None]) -> str:
 
 def _key_after(change: Callable[[], None]) -> str:
     change()
-    return agent._key()
+    return server._key()
 
 
 def test_no_server_is_shared_with_other_rights_or_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +95,13 @@ def test_no_server_is_shared_with_other_rights_or_limits(tmp_path: Path, monkeyp
         partial(Path("/proc/self/oom_score_adj").write_text, "900"),
     ]
     os.umask(0o022)
-    key = agent._key()
+    key = server._key()
     assert in_another_process(partial(os.umask, 0o022)) == key
     assert len({key, *map(in_another_process, changes)}) == 1 + len(changes)
     monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(tmp_path))
-    key = agent._key()
+    key = server._key()
     (tmp_path / "conf.json").write_text('{"s3": {"endpoint_url": "http://new:9000"}}')
-    assert agent._key() != key, "fsspec reads its settings once"
+    assert server._key() != key, "fsspec reads its settings once"
 
 
 @pytest.fixture
@@ -111,8 +111,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Coordinator, f
 
     def run(function: Callable[..., None], **cluster: int) -> tuple[Coordinator, float, int]:
         monkeypatch.setattr(agent.ray, "get", lambda answer: answer)
-        monkeypatch.setattr(agent, "_key", lambda: f"test {os.getpid()}")
-        monkeypatch.setattr(agent, "PRELOAD", (__name__,))
+        monkeypatch.setattr(server, "_key", lambda: f"test {os.getpid()}")
+        monkeypatch.setattr(server, "PRELOAD", (__name__,))
         monkeypatch.setattr(agent, "TRAIN", f"tests.runtime.test_agent:{function.__name__}")
         coordinator = Coordinator()
         start = Start("0001.0001-aa", 0, 2, "127.0.0.1", 1, Cause("start", "x"), "secret")

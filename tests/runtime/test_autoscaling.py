@@ -14,7 +14,7 @@ import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from cluster.daemons import Head
-from relora_ray.metrics import read_all, read_pages
+from relora_ray.runs.metrics import read_all, read_pages
 from relora_ray.runtime.notice import drain, nodes_of
 from relora_ray.storage import Storage
 from tests.tiny import TINY, losses, run, tiny_config

@@ -16,10 +16,10 @@ import pytest
 from relora_ray.checkpoint import Manifest, Outcome, Rollback, Share, list_manifests
 from relora_ray.checkpoint.manifest import StoredObject
 from relora_ray.checkpoint.ownership import Term, claim
-from relora_ray.config_file import to_yaml
+from relora_ray.config.file import to_yaml
 from relora_ray.errors import StorageError
-from relora_ray.metrics import read_pages
-from relora_ray.runs import run_storage
+from relora_ray.runs.metrics import read_pages
+from relora_ray.runs.places import run_storage
 from relora_ray.runtime import coordinator as module
 from relora_ray.runtime import failures
 from relora_ray.runtime.coordinator import GIVEN_UP, Coordinator
@@ -100,6 +100,17 @@ def test_attempt_begins_when_all_agents_are_there(play: Callable[..., Any]) -> N
         assert one.secret == second.secret
         assert len(one.secret) == 32
         assert one.secret not in repr(one)
+
+    play(test)
+
+
+def test_ranks_with_other_code_never_train_together(play: Callable[..., Any]) -> None:
+    async def test(coordinator: Coordinator) -> None:
+        first, other = (dataclasses.replace(member(rank), code=code) for rank, code in enumerate(("aaaa", "bbbb")))
+        assert await asyncio.gather(coordinator.join(first), coordinator.join(other)) == [None, None]
+        assert coordinator.fatal().startswith(
+            "rank 1 on 10.0.0.1 has other files of relora_ray (bbbb) than rank 0 on 10.0.0.0 (aaaa). Install one"
+        )
 
     play(test)
 
@@ -404,7 +415,7 @@ def test_left_over_agents_change_nothing(play: Callable[..., Any]) -> None:
         await coordinator.lost(old[0].attempt, 0, "a late error", "lasting")
         coordinator.tell(old[0].attempt, {"kind": "train", "step": 99})
         assert coordinator.fatal() == ""
-        assert {event["kind"] for event in coordinator.drain()} == {"log"}
+        assert {event["kind"] for event in coordinator.drain()} == {"log", "waiting", "begin", "lost"}
         await coordinator.lost(new[0].attempt, 0, "an error", "lasting")
         assert coordinator.fatal() == "an error"
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 
-from relora_ray.config import RunConfig
+from relora_ray.config import ClusterConfig, ModelConfig, RunConfig
 from relora_ray.errors import ConfigError
-from relora_ray.runs import run_storage
-from relora_ray.runtime.driver import preflight
-from relora_ray.runtime.dry_run import _fit, dry_run, workers_that_fit
+from relora_ray.runs.places import run_storage
+from relora_ray.runtime.dry_run import _fit, _memory, dry_run, workers_that_fit
+from relora_ray.runtime.preflight import preflight
 from relora_ray.storage import Storage
 from tests.cluster import Machines
 from tests.tiny import run, tiny_config
@@ -28,7 +30,9 @@ def found(cfg: RunConfig) -> list[str]:
 
 def test_all_is_well_and_nothing_is_left_behind(cfg: RunConfig) -> None:
     lines = found(cfg)
-    assert [line.split()[:2] for line in lines] == [["ok", w] for w in ("config", "storage", "data", "machines")]
+    assert [line.split()[:2] for line in lines] == [
+        ["ok", w] for w in ("config", "storage", "data", "memory", "machines")
+    ]
     assert "tiny: relora, 12 updates, 1,728 tokens" in lines[0]
     assert run_storage(cfg).list() == []
 
@@ -56,12 +60,60 @@ def test_shard_that_is_cut_short_is_named(cfg: RunConfig, tmp_path: Path) -> Non
 def test_storage_that_cannot_be_written_is_a_problem(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = preflight(cfg)
     monkeypatch.setattr("relora_ray.runtime.dry_run.run_storage", lambda cfg: Storage("/proc/nowhere"))
-    assert [finding.fine for finding in dry_run(checked)] == [True, False, True, True]
+    assert [finding.fine for finding in dry_run(checked)] == [True, False, True, True, True]
 
 
 def test_gpus_that_are_not_there_are_a_problem(cfg: RunConfig) -> None:
     lines = found(cfg.model_copy(update={"cluster": cfg.cluster.model_copy(update={"gpus_per_worker": 1})}))
     assert lines[-1].startswith("PROBLEM  machines 1 workers of 1 CPU(s) and 1 GPU(s), in a local Ray")
+    assert lines[-1].endswith("Set RAY_ADDRESS, lower cluster.workers, or set cluster.gpus_per_worker=0")
+
+
+def test_problems_do_not_hide_each_other_and_are_told_once(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}[name])
+    changed = cfg.model_copy(
+        update={
+            "steps": 2_400_000,  # of 144 tokens each: some thousand times the data
+            "model": cfg.model.model_copy(update={"init_from": str(tmp_path / "nowhere")}),
+            "cluster": cfg.cluster.model_copy(update={"workers": 4000}),
+        }
+    )
+    lines = [str(finding) for finding in dry_run(changed)]
+    problems = [line for line in lines if line.startswith("PROBLEM")]
+    assert [line.split()[1] for line in problems] == ["model", "data", "memory", "machines"]
+    model, data, memory, machines = problems
+    assert f"model.init_from='{tmp_path}/nowhere'" in model
+    assert "times. After 40 times it teaches nothing more: prepare more text, or set steps to" in data
+    assert "MB in micro-batches of 3 rows, most in warm start; the share of a worker in this machine" in memory
+    assert "Lower train.micro_batch_rows, or take what has more" in memory
+    assert "workers would take turns. Lower cluster.workers or cluster.cpus_per_worker" in machines
+
+
+def test_data_that_are_missing_are_told_once(cfg: RunConfig, tmp_path: Path) -> None:
+    data = cfg.data.model_copy(update={"path": str(tmp_path / "none")})
+    lines = [str(finding) for finding in dry_run(cfg.model_copy(update={"data": data}))]
+    assert sum("PROBLEM" in line for line in lines) == 1
+    assert lines[1].startswith("PROBLEM  data     ")
+
+
+def test_memory_of_gpus_is_that_of_their_kind(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA and Ray would say of GPUs is made up: there are none here."""
+    large = cfg.model_copy(update={"model": ModelConfig(size="7b"), "cluster": ClusterConfig(gpus_per_worker=1)})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    l4 = SimpleNamespace(name="NVIDIA L4", total_memory=24 * 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: l4)
+    fine, text = _memory(large)
+    assert not fine
+    assert "most in warm start; NVIDIA L4 has 21.8 GB" in text
+    monkeypatch.setattr("relora_ray.runtime.dry_run.cluster_address", lambda: "somewhere")
+    monkeypatch.setattr("relora_ray.runtime.dry_run.connected", lambda cfg: nullcontext())
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H200": 1.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert _memory(large) == (True, text.replace("NVIDIA L4 has 21.8 GB", "H200 has 132.9 GB").partition(". Lower")[0])
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 1.0, "accelerator_type:Odd": 1.0}}])
+    assert _memory(large)[1].endswith("what the GPUs have is not known")
 
 
 @pytest.mark.parametrize(

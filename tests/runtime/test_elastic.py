@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import ray
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util import placement_group_table
 
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig
-from relora_ray.metrics import Record, read, read_all, read_pages
-from relora_ray.runs import run_storage
+from relora_ray.runs.metrics import Record, read, read_all, read_pages
+from relora_ray.runs.places import run_storage
 from relora_ray.runtime import driver, elastic
-from relora_ray.runtime.driver import preflight
+from relora_ray.runtime.preflight import preflight
 from tests.cluster import Machines
 from tests.runtime.bad_machines import NamesBadMachines
 from tests.tiny import losses, run, stored_losses, tiny_config
@@ -40,14 +40,14 @@ def test_rays_private_classes_are_as_expected() -> None:
     """If this fails, Ray has changed: see what relora_ray/runtime/elastic.py needs of it."""
     assert elastic.missing == ""
     assert elastic._what_is_unknown() == ""
-    assert issubclass(elastic.trainer_class(None), TorchTrainer)
+    assert issubclass(elastic.trainer_class(None), DataParallelTrainer)
 
 
 def test_other_version_of_ray_falls_back_to_its_own_policy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(ScalingPolicy, "_send_resource_request")
-    assert elastic.trainer_class(None) is TorchTrainer
+    assert elastic.trainer_class(None) is DataParallelTrainer
     assert "there is no ElasticScalingPolicy._send_resource_request" in caplog.text
 
 
@@ -130,26 +130,25 @@ class Events:
 
 
 def test_workers_come_and_go_and_the_result_stays(machines: Machines, data: Path, tmp_path: Path) -> None:
-    """1 -> 2 -> 1 -> 3 workers: losses, merges, and no step is done twice."""
+    """1 -> 3 -> 2 workers: losses, merges, and no step is done twice."""
     overrides = (
-        "steps=10000", "method.warm_start_steps=100", "method.merge_every_steps=100", "checkpoint.save_every_steps=50",
+        "steps=10000", "method.warm_start_steps=25", "method.merge_every_steps=25", "checkpoint.save_every_steps=50",
         "checkpoint.save_async=true", "schedule.warmup_steps=20", "schedule.restart_warmup_steps=20",
         "optimizer.learning_rate=1e-3", "data.seq_len=128", "global_batch_rows=12",
     )  # fmt: skip
     cfg = preflight(tiny_config(data, tmp_path / "a", "cluster.workers=3", "cluster.min_workers=1", *overrides))
 
-    def replace_by_two() -> None:
-        machines.lose(machines.nodes[1])
+    def add_two() -> None:
         machines.add()
         machines.add()
 
-    drive(cfg, [(1, machines.add), (2, lambda: machines.drain(machines.nodes[1], 120)), (1, replace_by_two)])
+    drive(cfg, [(1, add_two), (3, lambda: machines.drain(machines.nodes[1], 120))])
     storage = run_storage(cfg)
     attempts = read_all(storage, "attempt")
-    assert [a["world_size"] for a in attempts] == [1, 2, 1, 3], "the resizes took place"
+    assert [a["world_size"] for a in attempts] in ([1, 3, 2], [1, 2, 3, 2]), "the resizes took place"
     restarts = read_pages(storage, "restarts")
-    assert [r["change"] for r in restarts] == ["start", "resize", "resize", "resize"]
-    assert [r["steps_lost"] for r in restarts] == [0, 0, 0, 0]
+    assert [r["change"] for r in restarts] == ["start"] + ["resize"] * (len(attempts) - 1)
+    assert {r["steps_lost"] for r in restarts} == {0}
     expected = assert_is_undisturbed(cfg, tiny_config(data, tmp_path / "b", *overrides))
     boundaries = [r["step"] for r in expected if r["kind"] == "boundary"]
     assert boundaries

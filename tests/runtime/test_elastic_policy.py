@@ -10,7 +10,6 @@ import pytest
 import ray
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -18,6 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     autoscaling_coordinator_client,
     create_scaling_policy,
 )  # fmt: skip
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from relora_ray.runtime import elastic
 
@@ -192,17 +192,33 @@ def test_machines_that_cannot_be_looked_at_are_said_each_minute(cluster: Cluster
 
 def begin(cluster: Cluster) -> Any:
     """The scaling policy that Ray Train's controller is given."""
+    return handed_over(cluster)["scaling_policy"]
+
+
+def handed_over(cluster: Cluster, *, own_ray: bool = False, **more: Any) -> dict[str, Any]:
+    """What Ray Train's controller is given."""
     given: dict[str, Any] = {}
-    cluster.monkeypatch.setattr(
-        TorchTrainer, "_initialize_and_run_controller", lambda _, **kwargs: given.update(kwargs)
-    )
-    ours = elastic.trainer_class(Handle(cluster.coordinator))
+    cluster.monkeypatch.setattr(elastic, "run_controller", given.update)
+    ours = elastic.trainer_class(Handle(cluster.coordinator), own_ray=own_ray)
     trainer = ours.__new__(ours)
+    trainer.datasets = {}
     trainer.scaling_config = cluster.scaling(1, 2)
     trainer._initialize_and_run_controller(
-        scaling_policy=create_scaling_policy(trainer.scaling_config), train_run_context=SimpleNamespace(run_id="run")
-    )
-    return given["scaling_policy"]
+        scaling_policy=create_scaling_policy(trainer.scaling_config), train_run_context=SimpleNamespace(run_id="run"),
+        **more,
+    )  # fmt: skip
+    return given
+
+
+def test_own_ray_has_no_actor_that_reserves_machines(cluster: Cluster) -> None:
+    cluster.machines = ["a"]
+    nodes = [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}}, {"NodeID": "b", "Alive": False}]
+    cluster.monkeypatch.setattr(elastic.ray, "nodes", lambda: nodes)
+    policy = handed_over(cluster, own_ray=True)["scaling_policy"]
+    assert type(policy) is elastic.OwnRayPolicy
+    assert cluster.start(policy)[0] == 2
+    assert cluster.requests == []
+    assert cluster.coordinator.warned == []
 
 
 def test_policy_that_works_is_used_without_a_word(cluster: Cluster) -> None:
@@ -257,7 +273,7 @@ def test_hook_with_other_parameters_is_noticed(cluster: Cluster) -> None:
     def hook(self: Any, *, num_workers: int) -> None: ...
 
     cluster.monkeypatch.setattr(ElasticScalingPolicy, "on_controller_start_worker_group", hook)
-    assert elastic.trainer_class(Handle(cluster.coordinator)) is TorchTrainer
+    assert elastic.trainer_class(Handle(cluster.coordinator)) is DataParallelTrainer
     (said,) = cluster.coordinator.warned
     assert "there is now on_controller_start_worker_group(self: 'Any', *, num_workers: 'int')" in said
 

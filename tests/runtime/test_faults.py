@@ -14,17 +14,14 @@ from pathlib import Path
 import pytest
 
 from relora_ray.checkpoint import list_manifests
-from relora_ray.checkpoints import verify
+from relora_ray.commands.checkpoints import verify
 from relora_ray.config import RunConfig
-from relora_ray.conformance.processes import run_ranks
-from relora_ray.loop import run_attempt
-from relora_ray.metrics import read_all, read_pages
-from relora_ray.parallel import World
-from relora_ray.runs import run_storage
-from relora_ray.runtime.driver import preflight
+from relora_ray.runs.metrics import read_all, read_pages
+from relora_ray.runs.places import run_storage
+from relora_ray.runtime.preflight import preflight
 from tests.faults import FLIP, HANG, OUTSIDE, Fault, Play, plan
 from tests.s3 import BUCKET, Server
-from tests.tiny import stored_losses, tiny_config
+from tests.tiny import run_on, stored_losses, tiny_config
 
 STEPS = 243
 WITHIN = ("all-reduce", "merge", "commit")
@@ -47,17 +44,13 @@ def bucket_config(data: Path, server: Server, name: str, *more: str) -> RunConfi
     return fault_config(data, folder, name, f"storage_options={json.dumps(server.options)}", *more)
 
 
-def train_alone(cfg: RunConfig) -> None:
-    run_attempt(cfg, World.current())
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict[int, float]]:
     """Losses of updates and of evaluations, of two ranks without Ray. They do not depend on where and how often states
     are stored."""
     more = ("cluster.silence_timeout_s=60", "checkpoint.save_every_steps=300")
     cfg = fault_config(data, str(tmp_path_factory.mktemp("whole")), "whole", *more)
-    run_ranks(2, train_alone, cfg)
+    run_on(2, cfg)
     assert len(read_all(run_storage(cfg), "attempt")) == 1
     assert sorted(stored_losses(cfg)) == list(range(1, STEPS + 1))
     return stored_losses(cfg), stored_losses(cfg, "eval")

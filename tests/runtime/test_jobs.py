@@ -13,15 +13,10 @@ import pytest
 
 from cluster.daemons import Head, ray_command
 from relora_ray.checkpoint import list_manifests
-from relora_ray.config import RunConfig
-from relora_ray.conformance.processes import run_ranks
-from relora_ray.loop import run_attempt
-from relora_ray.metrics import read, read_all
-from relora_ray.parallel import World
-from relora_ray.runs import check_run
+from relora_ray.runs.metrics import read, read_all
 from relora_ray.storage import Storage
 from tests.s3 import BUCKET, SECRET, Server
-from tests.tiny import TINY, stored_losses, tiny_config
+from tests.tiny import TINY, run_on, stored_losses, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = os.urandom(32).hex()
@@ -43,10 +38,6 @@ def submit(head: Head, *launch: str | Path, options: tuple[str, ...] = ()) -> su
     return subprocess.Popen(
         command, env={**head.env, "RAY_LOG_TO_STDERR": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def train_alone(cfg: RunConfig) -> None:
-    run_attempt(check_run(cfg), World.current())
 
 
 def job(head: Head, *args: str) -> str:
@@ -97,7 +88,7 @@ def test_job_that_is_stopped_and_submitted_again(head: Head, data: Path, tmp_pat
         assert expected in said, f"{expected!r} is not in\n{said}"
     assert [a["step"] for a in read_all(there, "attempt")] == [0, saved[2]]
     alone = tiny_config(data, tmp_path / "b", *overrides)
-    run_ranks(2, train_alone, alone)
+    run_on(2, alone)
     assert {r["step"]: r["loss"] for r in read(there, "train")} == stored_losses(alone)
     told += said + job(head, "list")
     # The job's working directory is our own, whose tests do name the test server's secret.

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from relora_ray.ablations import version
+from relora_ray.study.ablations import version
 from tests.simulation.run import simulate
 
 CHUNK = 100

@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from relora_ray.ablations import version
 from relora_ray.checkpoint import Commits, Share
 from relora_ray.checkpoint.history import History
 from relora_ray.checkpoint.lineage import Lineage
@@ -32,11 +31,12 @@ from relora_ray.checkpoint.ownership import claim
 from relora_ray.checkpoint.parts import read_checked
 from relora_ray.config import CheckpointConfig
 from relora_ray.errors import ReloraError
-from relora_ray.rollback import where_to_go_on
+from relora_ray.runs.rollback import where_to_go_on
+from relora_ray.runs.tally import Tally
 from relora_ray.runtime.failures import Failures
 from relora_ray.runtime.orders import Orders
 from relora_ray.runtime.sizing import STEADY_S, Seen, Sizing, without_bad
-from relora_ray.tally import Tally
+from relora_ray.study.ablations import version
 from tests.simulation.run import Broken
 from tests.simulation.world import Process, World, bucket_storage
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from relora_ray import rollback
 from relora_ray.checkpoint import Commits, Outcome, Rollback, commit, history
 from relora_ray.checkpoint.commit import rollback_path
 from relora_ray.checkpoint.history import Pin
+from relora_ray.checkpoint.manifest import Manifest
 from relora_ray.errors import StorageError
+from relora_ray.runs import rollback
 from relora_ray.storage import Storage
 from tests.simulation.run import Driver, Trainer
 
@@ -78,11 +79,24 @@ def fence_is_asked_before_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Commits, "decide", decide)
 
 
-MUTANTS: list[Mutate] = [
-    reader_deletes,
-    pins_name_manifests,
-    newest_is_the_highest_step,
-    rollbacks_are_not_fenced,
-    nobody_owns_a_run,
-    fence_is_asked_before_only,
-]
+def best_is_pruned(patch: pytest.MonkeyPatch) -> None:
+    """The checkpoint with the lowest held-out loss goes like any other."""
+    whole = history.plan_prune
+
+    def without_it(line: Sequence[Manifest], *, keep_best: bool, **keep: Any) -> list[Manifest]:
+        return whole(line, **keep)
+
+    patch.setattr(commit, "plan_prune", without_it)
+
+
+MUTANTS: dict[Mutate, int] = {
+    reader_deletes: 6,
+    pins_name_manifests: 1039,
+    newest_is_the_highest_step: 96,
+    rollbacks_are_not_fenced: 91,
+    nobody_owns_a_run: 0,
+    fence_is_asked_before_only: 721,
+    best_is_pruned: 0,
+}
+"""With the first seed that finds it in the present protocol. A test that begins there takes seconds; a change of the
+protocol that moves it costs time only."""

@@ -21,7 +21,7 @@ from typing import Any
 from relora_ray.checkpoint import Commits, Outcome, Rollback, Share
 from relora_ray.checkpoint.history import History, pin, pin_base_only
 from relora_ray.checkpoint.lineage import Lineage
-from relora_ray.checkpoint.manifest import Counters, Manifest, Part, StoredObject, key_of, read_record
+from relora_ray.checkpoint.manifest import Counters, HeldOut, Manifest, Part, StoredObject, key_of, read_record
 from relora_ray.checkpoint.ownership import (
     BEAT_S,
     Life,
@@ -45,7 +45,7 @@ from relora_ray.errors import (
     StorageError,
     SupersededError,
 )
-from relora_ray.rollback import roll_back, skipped, where_to_go_on
+from relora_ray.runs.rollback import roll_back, skipped, where_to_go_on
 from relora_ray.runtime.messages import Arrival, Member, Start
 from relora_ray.runtime.orders import Order
 from relora_ray.runtime.trainer import _kind
@@ -54,6 +54,7 @@ from tests.simulation.actor import Actor, coordinators
 from tests.simulation.world import Process, Signal, World, bucket_storage
 
 CYCLE = 4
+EVAL_EVERY = 3
 START = "0"
 NONE_WHOLE = "no checkpoint is whole"
 STEP_S = 1.0
@@ -201,7 +202,7 @@ class Driver:
         life.end()
 
     def _watch(self, life: Life, term: Term) -> None:
-        """As runtime/owner.py does."""
+        """As checkpoint/owner.py does."""
         while not self._lost and not self.run.finished:
             self._world.sleep(BEAT_S)
             try:
@@ -381,10 +382,11 @@ class Trainer:
     def _train(self) -> None:
         run, start = self._run, self.start
         manifest, line, rollbacks, state = self._on_first(self._resume)
-        position = SimpleNamespace(step=0, boundary=0, rollbacks=rollbacks)
+        position = SimpleNamespace(step=0, boundary=0, rollbacks=rollbacks, counters=Counters())
         if manifest is not None:
             self._lineage.resume(manifest, line)
             position.step, position.boundary = manifest.step, manifest.boundary
+            position.counters = manifest.counters
         fate = self._on_first(self._draw)
         if start.rank == 0:
             orphans = Commits(self._storage, run.cfg)
@@ -392,6 +394,7 @@ class Trainer:
         self._actor.tell("tell", start.attempt, {"kind": "attempt", "step": position.step})
         skip = skipped(rollbacks, run.steps)
         if manifest is None:
+            _evaluate(position)
             self._save(position, state)
         while position.step < run.steps:
             self._world.sleep(STEP_S)
@@ -419,11 +422,13 @@ class Trainer:
                     if error := self._actor.call("arrive", arrival):
                         raise RanksDisagreeError(error)
                 position.boundary = position.step
-            if wanted or position.step % 2 == 0 or position.step == run.steps:
-                self._save(position, state, wanted=wanted)
+            is_best = position.step % EVAL_EVERY == 0 and _evaluate(position) and run.cfg.keep_best
+            if wanted or is_best or position.step % 2 == 0 or position.step == run.steps:
+                self._save(position, state, wanted=wanted, is_best=is_best)
         self._settle()
         if self._unsaved:
             raise NotSavedError(f"the last checkpoint was not stored: {self._unsaved}")
+        self._on_first(lambda: refuse_if_superseded(self._storage, start.attempt))
 
     def _draw(self) -> SimpleNamespace:
         """What will happen to this attempt."""
@@ -461,8 +466,8 @@ class Trainer:
 
     # Checkpoints.
 
-    def _save(self, position: SimpleNamespace, state: str, *, wanted: bool = False) -> None:
-        needed = wanted or position.step == self._run.steps
+    def _save(self, position: SimpleNamespace, state: str, *, wanted: bool = False, is_best: bool = False) -> None:
+        needed = wanted or is_best or position.step == self._run.steps
         busy = self._saving is not None and not needed
         if busy and not all(self.meeting.meet(self.start.rank, self._saving and self._saving.over.given)):
             return
@@ -565,11 +570,19 @@ def draft(lineage: Lineage, position: SimpleNamespace, size: int) -> Draft:
         base = Part(folder=parts["base"], objects=(), digest=0)
     manifest = Manifest(
         step=position.step, tokens=position.step, boundary=position.boundary, base=base,
-        delta=Part(folder=folder, objects=(), digest=0), counters=Counters(), identity="i", data_fingerprint="f",
+        delta=Part(folder=folder, objects=(), digest=0), counters=position.counters, identity="i", data_fingerprint="f",
         attempt=lineage.attempt, world_size=size, versions={}, unix_time=0.0, line=lineage.line,
         rollbacks=position.rollbacks,
     )  # fmt: skip
     return manifest, parts
+
+
+def _evaluate(position: SimpleNamespace) -> bool:
+    """Whether the held-out loss, drawn for the step and the way there, is the lowest so far."""
+    drawn = sha256(f"{position.step} {len(position.rollbacks)}".encode()).digest()[0]
+    found = HeldOut(step=position.step, loss=drawn, tokens=1)
+    position.counters = position.counters.after_evaluation(found)
+    return position.counters.best == found
 
 
 def stored(storage: Storage, draft: Draft, state: str, rank: int | None) -> tuple[Manifest, str]:
@@ -619,7 +632,9 @@ def _fork(run: Run, storage: Storage, driver: str, choose: random.Random) -> Non
     lineage = Lineage(term.attempt(1))
     lineage.fork(manifest, run.parent.name)
     state = _read(parent, manifest)
-    position = SimpleNamespace(step=manifest.step, boundary=manifest.boundary, rollbacks=manifest.rollbacks)
+    position = SimpleNamespace(
+        step=manifest.step, boundary=manifest.boundary, rollbacks=manifest.rollbacks, counters=Counters()
+    )
     run.begin(lineage.attempt, (), ())
     share, error = stored(storage, draft(lineage, position, 1), state, 0)
     outcome = Commits(storage, run.cfg).commit([Share(rank=0, manifest=share, writers=(0,), error=error)])
@@ -640,7 +655,10 @@ def _simulate(seed: int, spared: Collection[int]) -> World:
     world = World(seed, spared=spared)
     rng = world.random
     cfg = CheckpointConfig(
-        save_every_steps=2, keep_last=rng.choice([1, 1, 2, 3]), keep_every_steps=rng.choice([0, 0, 6])
+        save_every_steps=2,
+        keep_last=rng.choice([1, 1, 2, 3]),
+        keep_every_steps=rng.choice([0, 0, 6]),
+        keep_best=seed % 3 == 0,
     )
     runs = [Run(world, "a", rng.choice([7, 9, 12]), cfg)]
     if rng.random() < 0.3:
@@ -707,7 +725,22 @@ def _problems(run: Run) -> list[str]:
     steps = history.steps
     if steps != sorted(set(steps)):
         problems.append(f"the line is {steps}")
+    if run.cfg.keep_best and history.head is not None and (best := history.head.counters.best) is not None:
+        held = {path for path in _way(run, history.head.path) if _step(path) == best.step}
+        if not held <= set(history.line):
+            problems.append(f"{held} held the best, and is not on the line {history.line}")
     return problems
+
+
+def _way(run: Run, path: str) -> set[str]:
+    """What was acknowledged on the way to a manifest, that included, whether it is still there or not."""
+    way: set[str] = set()
+    while True:
+        attempt = attempt_of(path)
+        way |= {p for p in run.acknowledged if attempt_of(p) == attempt and _step(p) <= _step(path)}
+        if not (line := run.attempts.get(attempt)):
+            return way
+        path = line[-1]
 
 
 def _expected(manifest: Manifest) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from relora_ray.sweep.dimension import Range
 from relora_ray.sweep.population import _moved, replacements
 from relora_ray.sweep.results import Point
-from relora_ray.sweep.space import Range, SweepConfig
+from relora_ray.sweep.space import SweepConfig
 from tests.sweep.test_results import point
 from tests.sweep.test_space import sweep
 

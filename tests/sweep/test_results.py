@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from relora_ray.config_file import parse_config
+from relora_ray.config.file import parse_config
 from relora_ray.storage import Storage
+from relora_ray.sweep.dimension import Value
 from relora_ray.sweep.report import write_up
 from relora_ray.sweep.results import (
     Importance,
@@ -28,7 +29,6 @@ from relora_ray.sweep.results import (
     spent,
     to_csv,
 )
-from relora_ray.sweep.space import Value
 from tests.conftest import ROOT
 from tests.sweep.test_space import sweep
 
@@ -172,7 +172,7 @@ def test_table_and_page(tmp_path: Path) -> None:
         assert out.get(name).startswith(b"\x89PNG")
     found = parse_config(out.get("best.yaml").decode())
     assert found.name == "tiny-best"
-    assert found.merge_every_steps == 3
+    assert found.settings()["method.merge_every_steps"] == 3
     assert "sweep" not in yaml.safe_load(out.get("best.yaml"))
 
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from relora_ray.errors import ConfigError
-from relora_ray.sweep.space import Range, Sweep, is_sweep, load_sweep
+from relora_ray.sweep.dimension import Range
+from relora_ray.sweep.space import Sweep, is_sweep, load_sweep
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,7 +30,7 @@ def test_grid_is_all_combinations(tmp_path: Path) -> None:
     cfg = found.config(3, found.points[3], 2)
     assert (cfg.name, cfg.storage, cfg.seed) == ("0003-seed2", "runs/tiny", 2)
     assert cfg.merges == (12,)
-    assert cfg.method.lora_rank == 8
+    assert cfg.settings()["method.lora_rank"] == 8
 
 
 def test_rungs_are_cycle_ends_that_all_points_have(tmp_path: Path) -> None:
@@ -129,6 +130,13 @@ def test_mistake_is_refused_with_its_point(tmp_path: Path, spec: dict[str, objec
         sweep(tmp_path, **spec)
 
 
+def test_method_without_cycles_is_named_where_they_are_needed(tmp_path: Path) -> None:
+    plain = ("method={kind: galore, rank: 4}", "schedule={kind: cosine, warmup_steps: 1}")
+    for name in ("halving", "population"):
+        with pytest.raises(ConfigError, match=rf"have 12\. Remove sweep\.{name}: method\.kind=galore has no cycles\."):
+            sweep(tmp_path, *plain, space={"method.rank": [2, 4]}, **{name: {}})
+
+
 def test_config_without_its_sweep_is_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^method.lora_rank=64 is more than 32"):
         sweep(tmp_path, "method.lora_rank=64", space={"method.alpha": [4, 8]})
@@ -138,6 +146,9 @@ def test_config_without_its_sweep_is_a_run(tmp_path: Path) -> None:
 def test_shipped_sweep_is_one(path: Path) -> None:
     assert is_sweep(str(path))
     found = load_sweep(str(path))
+    if path.stem == "methods":
+        assert found.spec.space.keys() == {"method"}
+        return
     assert {"method.lora_rank", "method.merge_every_steps", "schedule.restart_warmup_steps"} <= found.spec.space.keys()
     assert "points of" in next(found.plan())
 

@@ -6,8 +6,9 @@ import math
 import statistics
 from pathlib import Path
 
+from relora_ray.sweep.dimension import Settings
 from relora_ray.sweep.results import Point
-from relora_ray.sweep.space import Settings, SweepConfig
+from relora_ray.sweep.space import SweepConfig
 from relora_ray.sweep.tpe import suggest
 from tests.sweep.test_results import point
 from tests.sweep.test_space import sweep

@@ -1,0 +1,1 @@
+"""LoRA-FA for relora_ray."""

@@ -1,0 +1,1 @@
+"""What is run by hand, beside launch: see relora_ray/__main__.py."""

@@ -1,0 +1,1 @@
+"""Adapters on frozen weights: LoRA, and ReLoRA, which merges and redraws them."""

@@ -1,0 +1,1 @@
+"""Full-rank weights whose gradients are projected, so that an optimizer keeps less: GaLore."""

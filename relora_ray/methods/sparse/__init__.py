@@ -1,0 +1,1 @@
+"""Low-rank factors and a sparse matrix beside them, from the start: SLTrain."""

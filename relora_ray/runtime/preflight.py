@@ -1,0 +1,185 @@
+"""Everything about a run that can be refused before anything is spent, and before there is a Ray.
+
+What a model has to do with it needs torch and transformers, whose import takes seconds. A driver has it done by a
+process that is forked where they are imported (server.py), and imports Ray meanwhile.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import ray
+
+from relora_ray import errors
+from relora_ray.checkpoint import list_manifests
+from relora_ray.config import RunConfig, split_step
+from relora_ray.config.file import parse_config, to_yaml
+from relora_ray.config.section import Mapping_
+from relora_ray.errors import ConfigError, ReloraError, RunFailedError
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import check_run, find_architecture
+from relora_ray.runs.trackers import check_trackers
+from relora_ray.runtime import prefork, server
+from relora_ray.runtime.address import cluster_address
+
+
+def preflight(cfg: RunConfig) -> RunConfig:
+    """Check all that can be checked without Ray; returns the config as it will run. Writes nothing. Raises ReloraError.
+
+    Local paths become absolute, because workers run in folders of their own.
+    """
+    return _check(as_here(cfg))
+
+
+def preflight_apart(cfg: RunConfig, at: str = "") -> RunConfig:
+    """`preflight`, of which a process of its own does what needs torch. `at`: the address of a server for it."""
+    cfg = as_here(cfg)
+    ours, theirs = multiprocessing.Pipe()
+    with ours:
+        child = server.spawn(theirs, f"{__name__}:answer", to_yaml(cfg), first=at)
+        try:
+            _, name, said = ours.recv()
+        except EOFError:
+            raise RunFailedError(
+                f"the process that checks the config ended with code {child.wait()} before it had said anything. If "
+                f"that is -9, the machine may have run out of memory."
+            ) from None
+        finally:
+            child.kill()
+    if name == prefork.RAISED:
+        raise RunFailedError(f"the config could not be checked: {said[0]}")
+    if name:
+        found: type[ReloraError] = getattr(errors, name)
+        raise found(said)
+    return parse_config(said)
+
+
+def answer(pipe: Connection, config: str) -> None:
+    """What that process does: sends (0, "", the config as it will run), or (0, class of a ReloraError, its text)."""
+    try:
+        said = "", to_yaml(_check(parse_config(config)))
+    except ReloraError as error:
+        said = type(error).__name__, str(error)
+    pipe.send((0, *said))
+
+
+def as_here(cfg: RunConfig) -> RunConfig:
+    """With places as they are from anywhere on this machine. ConfigError for those that would go away."""
+    _refuse_passing_folders(cfg)
+    if not ray.is_initialized():
+        cluster_address()
+    check_trackers(cfg.tracking)
+    return _with_absolute_paths(cfg)
+
+
+def _refuse_passing_folders(cfg: RunConfig) -> None:
+    """ConfigError if a Ray job would store something in its working directory."""
+    if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return
+    kinds = {"tensorboard": cfg.tracking.tensorboard, "wandb": cfg.tracking.wandb}
+    tracking = {f"tracking.{name}.folder": kind.folder for name, kind in kinds.items() if kind is not None}
+    for key, folder in {"storage": cfg.storage, **tracking}.items():
+        if "://" not in folder and not os.path.isabs(folder):
+            raise ConfigError(
+                f"{key}={folder!r} is relative, and a Ray job's working directory is a copy that goes away. Give an "
+                f"absolute path{' that all machines share, or a URL' if key == 'storage' else ''}."
+            )
+
+
+def _check(cfg: RunConfig) -> RunConfig:
+    for _, check in CHECKS:
+        cfg = check(cfg)
+    return cfg
+
+
+def _check_method(cfg: RunConfig) -> RunConfig:
+    from relora_ray.methods.base import build_method
+
+    build_method(cfg)
+    return cfg
+
+
+def _check_data(cfg: RunConfig) -> RunConfig:
+    from relora_ray.modeling.parallel import World
+    from relora_ray.runs.batches import open_batches
+
+    open_batches(cfg, World())
+    return cfg
+
+
+def _check_export(cfg: RunConfig) -> RunConfig:
+    from relora_ray.runs.run import check_export
+
+    if cfg.method.exports:
+        check_export(cfg)
+    return cfg
+
+
+def _check_init_from(cfg: RunConfig) -> RunConfig:
+    from relora_ray.runs.run import bare_model, check_init_from
+
+    if cfg.model.init_from and not list_manifests(run_storage(cfg)):  # else it is not read again
+        check_init_from(cfg, bare_model(cfg, device="meta"))
+    return cfg
+
+
+def _check_model(cfg: RunConfig) -> RunConfig:
+    from relora_ray.methods.base import build_method
+    from relora_ray.runs.run import bare_model, check_embedding
+    from relora_ray.runs.trial import try_architecture
+
+    if cfg.model.llama is None:  # LLaMA is known; others are tried out small, and wrapped at their size
+        shell = bare_model(cfg, device="meta")
+        try_architecture(cfg, find_architecture(cfg))
+        check_embedding(cfg, shell)
+        build_method(cfg).adapt(shell, cfg.steps)
+    return cfg
+
+
+CHECKS: tuple[tuple[str, Callable[[RunConfig], RunConfig]], ...] = (
+    ("config", _check_method),
+    ("data", _check_data),
+    ("storage", check_run),
+    ("model", _check_export),
+    ("model", _check_init_from),
+    ("model", _check_model),
+)
+"""In order, each with what it is about. A dry run goes on after one that fails."""
+
+
+def _with_absolute_paths(cfg: RunConfig) -> RunConfig:
+    def absolute(path: str) -> str:
+        return path if "://" in path else os.path.abspath(path)
+
+    tracking = cfg.tracking.model_copy(
+        update={
+            name: kind.model_copy(update={"folder": absolute(kind.folder)})
+            for name in ("tensorboard", "wandb")
+            if (kind := getattr(cfg.tracking, name)) is not None
+        }
+    )
+    model = cfg.model.model_copy(
+        update={
+            name: os.path.abspath(value)
+            for name in ("huggingface", "init_from")
+            if (value := os.path.expanduser(getattr(cfg.model, name)))
+            and "://" not in value
+            and (os.path.exists(value) or (name == "init_from" and os.path.exists(split_step(value)[0])))
+        }
+    )
+    return cfg.model_copy(
+        update={
+            "storage": absolute(cfg.storage),
+            "model": model,
+            "tracking": tracking,
+            "data": cfg.data.model_copy(
+                update={
+                    "path": absolute(cfg.data.path),
+                    "validation": Mapping_({name: absolute(path) for name, path in cfg.data.validation.items()}),
+                }
+            ),
+        }
+    )
