@@ -9,7 +9,7 @@ import pytest
 from relora_ray import loop
 from relora_ray.checkpoint import Rollback, list_manifests, read_history, read_manifest
 from relora_ray.checkpoint.commit import rollback_path
-from relora_ray.checkpoint.manifest import Counters, Sign
+from relora_ray.checkpoint.manifest import Counters, HeldOut, Sign
 from relora_ray.commands.checkpoints import copy
 from relora_ray.commands.status import status
 from relora_ray.config import RunConfig
@@ -170,13 +170,17 @@ def test_counters_of_a_run_follow_from_its_losses_and_boundaries(data: Path, tmp
     _, records = run(cfg)
     is_boundary = build_method(cfg).is_boundary
     counters, num_above = Counters(), 0
+    evals = [record for record in records if record["kind"] == "eval"]
+    held_out = {r["step"]: HeldOut(step=r["step"], loss=r["loss"], tokens=r["tokens"]) for r in evals}
     for done, loss in losses(records).items():
         counters = observe(cfg.train, counters, done - 1, loss)
         if is_boundary(done):
             num_above += counters.loss_best is not None and counters.loss_best < counters.loss_average
             counters = begin_cycle(counters)
+        so_far = [found for step, found in held_out.items() if step <= done]
+        evaluated = {"held_out": so_far[-1], "best": min(so_far, key=lambda found: found.loss)}
         stored = read_manifest(run_storage(cfg), done).counters
-        assert stored == counters.model_copy(update={"merges": stored.merges})
+        assert stored == counters.model_copy(update=evaluated | {"merges": stored.merges})
     assert num_above, "else the boundaries say nothing"
 
 

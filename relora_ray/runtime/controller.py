@@ -63,6 +63,7 @@ def run_controller(**given: Any) -> Any:
     except BaseException:
         if controller._worker_group is not None:
             controller._worker_group.abort()
+        given["scaling_policy"].before_controller_abort()  # or Ray keeps the machines for this run, for three minutes
         raise
     finally:
         loop.close()

@@ -97,7 +97,7 @@ def _fit(cfg: rc.RunConfig, coordinator: Any, server: str, *, is_own: bool) -> N
     for name, value in elastic.SETTINGS.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="relora-ray-") as scratch:
-        trainer = elastic.trainer_class(coordinator, own_ray=is_own)(
+        trainer = elastic.trainer_class(coordinator, run_storage(cfg).url, own_ray=is_own)(
             run_agent,
             train_loop_config={"config": to_yaml(cfg), "coordinator": coordinator, "server": server},
             scaling_config=ScalingConfig(

@@ -6,6 +6,7 @@ told once. Nothing is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from relora_ray.runs.setting import open_data, open_validation
 from relora_ray.runtime.address import cluster_address
 from relora_ray.runtime.driver import connected
 from relora_ray.runtime.preflight import CHECKS, as_here
+from relora_ray.storage import Storage
 
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 """Kubernetes sets it in every container."""
@@ -75,11 +77,25 @@ def dry_run(cfg: RunConfig) -> Iterator[Finding]:
 
 def _storage(cfg: RunConfig) -> tuple[bool, str]:
     storage = run_storage(cfg)
-    refuses = storage.honours_put_new()
+    with _no_folder_left(storage):
+        refuses = storage.honours_put_new()
     text = f"{storage.url}: a probe was written, read and deleted"
     if not refuses:
         text += "; its server ignores If-None-Match: never let two drivers train this run"
     return True, text
+
+
+@contextlib.contextmanager
+def _no_folder_left(storage: Storage) -> Iterator[None]:
+    """On a disk, folders that the block makes go again, if they are empty then."""
+    place = Path(storage.url)
+    made = [path for path in (place, *place.parents) if not path.exists()] if storage.is_local else []
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+            for path in made:
+                path.rmdir()
 
 
 def _data(cfg: RunConfig) -> tuple[bool, str]:

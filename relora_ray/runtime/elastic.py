@@ -18,8 +18,9 @@ All that is private to Ray 2.60 and used here; the settings at `SETTINGS` are it
 | on_controller_start_worker_group                   | placing, and its size   | ScalingConfig.label_selector: fixed  |
 | before_controller_execute_failure_decision         | last words              | UserCallback.after_exception: not    |
 |                                                    |                         | where a group could not start        |
-| after_controller_start, _send_resource_request,    | to ask the autoscaler   | ray.autoscaler.sdk: one wish for the |
-| _maybe_..., _get_num_workers_for_resource_request  |                         | cluster, not one for each run        |
+| after_controller_start, before_controller_abort,   | to ask the autoscaler   | ray.autoscaler.sdk: one wish for the |
+| _send_resource_request, _maybe_...,                |                         | cluster, not one for each run        |
+| _get_num_workers_for_resource_request              |                         |                                      |
 | _autoscaling_coordinator, _requester_id            | which machines are ours | ray.nodes(): also what others have   |
 | ray._private.state.state.get_draining_nodes        | which will be gone      | none: list_nodes() knows only alive  |
 | (optional)                                         |                         | and dead, and needs a dashboard;     |
@@ -40,6 +41,7 @@ import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -87,12 +89,13 @@ SETTINGS = {
 """Environment of Ray Train's controller; what is set already stays."""
 
 OVERRIDDEN = (
+    "after_controller_start",
     "make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group",
     "on_controller_start_worker_group", "before_controller_execute_failure_decision",
     "_get_num_workers_for_resource_request",
 )  # fmt: skip
 USED = (
-    "after_controller_start", "_maybe_send_resource_request", "_send_resource_request", "_autoscaling_coordinator",
+    "_maybe_send_resource_request", "_send_resource_request", "_autoscaling_coordinator", "before_controller_abort",
 )  # fmt: skip
 
 REPLACED = ("_init_train_context_on_workers",)
@@ -101,9 +104,9 @@ REPLACED = ("_init_train_context_on_workers",)
 Resources = dict[str, float]
 
 
-def trainer_class(coordinator: Any, *, own_ray: bool = False) -> Any:
-    """A trainer, with this module's policy if Ray's classes allow it. `own_ray`: nobody else uses this Ray, which is
-    one machine."""
+def trainer_class(coordinator: Any, run: str, *, own_ray: bool = False) -> Any:
+    """A trainer, with this module's policy if Ray's classes allow it. `run`: a name that all drivers of the run have,
+    and those of no other. `own_ray`: nobody else uses this Ray, which is one machine."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     if reason := missing or _what_is_unknown():
@@ -112,7 +115,7 @@ def trainer_class(coordinator: Any, *, own_ray: bool = False) -> Any:
 
     class ElasticTrainer(DataParallelTrainer):
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-            policy, reason = _tried_policy(self.scaling_config, coordinator, kwargs, own_ray=own_ray)
+            policy, reason = _tried_policy(self.scaling_config, coordinator, run, kwargs, own_ray=own_ray)
             if reason:
                 _say_that_stock_is_used(coordinator, reason)
             else:
@@ -166,7 +169,7 @@ def _what_is_unknown() -> str:
 
 
 def _tried_policy(
-    scaling_config: Any, coordinator: Any, controller: dict[str, Any], *, own_ray: bool
+    scaling_config: Any, coordinator: Any, run: str, controller: dict[str, Any], *, own_ray: bool
 ) -> tuple[Any, str]:
     """A policy that has done once all that is private to Ray, and what did not work. Before training, in the driver.
 
@@ -174,7 +177,7 @@ def _tried_policy(
     try:
         if absent := {"scaling_policy", "train_run_context"} - controller.keys():
             return None, f"Ray Train's controller takes no {', '.join(sorted(absent))}"
-        policy = (OwnRayPolicy if own_ray else BoundaryPolicy)(scaling_config, coordinator)
+        policy = (OwnRayPolicy if own_ray else BoundaryPolicy)(scaling_config, coordinator, run)
         policy.try_all(controller["train_run_context"])
     except ray.exceptions.RayTaskError as error:
         return None, _in_words(error)
@@ -195,9 +198,9 @@ if not missing:
     class BoundaryPolicy(ElasticScalingPolicy):
         """Resizes when all ranks have stored their state and wait; starts again at once with what is there."""
 
-        def __init__(self, scaling_config: Any, coordinator: Any) -> None:
+        def __init__(self, scaling_config: Any, coordinator: Any, run: str) -> None:
             super().__init__(scaling_config)
-            self._coordinator = coordinator
+            self._coordinator, self._run = coordinator, run
             self._min, self._max = scaling_config.min_workers, scaling_config.max_workers
             self._each: Resources = {kind: n for kind, n in scaling_config.resources_per_worker.items() if n}
             """What one worker needs."""
@@ -224,6 +227,11 @@ if not missing:
             self._start_with(self._max)
             self.after_controller_start(run_context)  # the request is the run's own: the controller makes it again
             self._see()
+
+        def after_controller_start(self, train_run_context: Any) -> None:
+            """The run's name is the request's. Ray keeps a request for three minutes after the driver that made it was
+            killed: by a name that is new each time, the next driver of the run would wait for its own machines."""
+            super().after_controller_start(SimpleNamespace(run_id=self._run))
 
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
             try:

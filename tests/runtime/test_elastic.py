@@ -40,14 +40,14 @@ def test_rays_private_classes_are_as_expected() -> None:
     """If this fails, Ray has changed: see what relora_ray/runtime/elastic.py needs of it."""
     assert elastic.missing == ""
     assert elastic._what_is_unknown() == ""
-    assert issubclass(elastic.trainer_class(None), DataParallelTrainer)
+    assert issubclass(elastic.trainer_class(None, "run"), DataParallelTrainer)
 
 
 def test_other_version_of_ray_falls_back_to_its_own_policy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(ScalingPolicy, "_send_resource_request")
-    assert elastic.trainer_class(None) is DataParallelTrainer
+    assert elastic.trainer_class(None, "run") is DataParallelTrainer
     assert "there is no ElasticScalingPolicy._send_resource_request" in caplog.text
 
 

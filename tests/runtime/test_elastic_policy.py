@@ -3,6 +3,7 @@ machines. Faked are the actor calls, which are made at once, the machines, the c
 
 from __future__ import annotations
 
+import uuid
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )  # fmt: skip
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from relora_ray.runtime import elastic
+from relora_ray.runtime import controller, elastic
 
 
 class Handle:
@@ -107,9 +108,9 @@ class Cluster:
     def scaling(self, least: int, most: int) -> ScalingConfig:
         return ScalingConfig(num_workers=(least, most), resources_per_worker={"CPU": 1.0})
 
-    def policy(self, least: int, most: int) -> Any:
-        policy = elastic.BoundaryPolicy(self.scaling(least, most), Handle(self.coordinator))
-        policy.after_controller_start(SimpleNamespace(run_id="run"))
+    def policy(self, least: int, most: int, run: str = "s3://runs/run") -> Any:
+        policy = elastic.BoundaryPolicy(self.scaling(least, most), Handle(self.coordinator), run)
+        policy.after_controller_start(SimpleNamespace(run_id=uuid.uuid4().hex))
         return policy
 
     def start(self, policy: Any) -> tuple[int, Any]:
@@ -199,7 +200,7 @@ def handed_over(cluster: Cluster, *, own_ray: bool = False, **more: Any) -> dict
     """What Ray Train's controller is given."""
     given: dict[str, Any] = {}
     cluster.monkeypatch.setattr(elastic, "run_controller", given.update)
-    ours = elastic.trainer_class(Handle(cluster.coordinator), own_ray=own_ray)
+    ours = elastic.trainer_class(Handle(cluster.coordinator), "s3://runs/run", own_ray=own_ray)
     trainer = ours.__new__(ours)
     trainer.datasets = {}
     trainer.scaling_config = cluster.scaling(1, 2)
@@ -219,6 +220,34 @@ def test_own_ray_has_no_actor_that_reserves_machines(cluster: Cluster) -> None:
     assert cluster.start(policy)[0] == 2
     assert cluster.requests == []
     assert cluster.coordinator.warned == []
+
+
+def test_next_driver_of_a_run_has_the_machines_of_one_that_was_killed(cluster: Cluster) -> None:
+    """Ray keeps them for the run, whose request it has, for three minutes."""
+    cluster.machines = ["a", "b"]
+    assert cluster.start(cluster.policy(1, 2))[0] == 2
+    assert cluster.start(cluster.policy(1, 2))[0] == 2
+    cluster.policy(1, 2, "s3://runs/other").make_decision_for_non_running_worker_group()
+    assert "waiting for machines for 1 workers with 1 CPU each (there are 0" in cluster.coordinator.warned[-1]
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
+def test_run_that_is_stopped_leaves_its_machines_to_others(cluster: Cluster, ends: type[BaseException]) -> None:
+    cluster.machines = ["a", "b"]
+    policy = cluster.policy(1, 2)
+
+    class Controller:
+        def __init__(self, **_: Any) -> None:
+            self._worker_group = None
+
+        async def run(self) -> None:
+            assert cluster.start(policy)[0] == 2
+            raise ends
+
+    cluster.monkeypatch.setattr(controller, "Controller", Controller)
+    with pytest.raises(ends):
+        controller.run_controller(scaling_policy=policy, callbacks=[])
+    assert cluster.start(cluster.policy(1, 2, "s3://runs/other"))[0] == 2
 
 
 def test_policy_that_works_is_used_without_a_word(cluster: Cluster) -> None:
@@ -273,7 +302,7 @@ def test_hook_with_other_parameters_is_noticed(cluster: Cluster) -> None:
     def hook(self: Any, *, num_workers: int) -> None: ...
 
     cluster.monkeypatch.setattr(ElasticScalingPolicy, "on_controller_start_worker_group", hook)
-    assert elastic.trainer_class(Handle(cluster.coordinator)) is DataParallelTrainer
+    assert elastic.trainer_class(Handle(cluster.coordinator), "s3://runs/run") is DataParallelTrainer
     (said,) = cluster.coordinator.warned
     assert "there is now on_controller_start_worker_group(self: 'Any', *, num_workers: 'int')" in said
 

@@ -91,9 +91,10 @@ def three_workers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
 def test_flipped_bit_is_caught_at_the_next_boundary_and_never_stored(three_workers: RunConfig) -> None:
     """The rank is named, and the run goes on from the checkpoint before."""
     storage = run_storage(three_workers)
-    pages = read_pages(storage, "restarts")
-    assert [page["from_step"] for page in pages][:2] == [0, 93]
-    assert "RanksDisagreeError: before the boundary at step 108: rank(s) [1] hold other values" in pages[1]["cause"]
+    pages = read_pages(storage, "restarts")  # on a slow machine a rank may be taken for silent before
+    (page,) = [page for page in pages if "RanksDisagreeError" in page["cause"]]
+    assert page["from_step"] == 93
+    assert "RanksDisagreeError: before the boundary at step 108: rank(s) [1] hold other values" in page["cause"]
     again: dict[int, set[float]] = {}
     for record in read_all(storage, "train"):
         again.setdefault(record["step"], set()).add(record["loss"])
