@@ -70,8 +70,8 @@ class Tab:
         elif said.get("method") == "Network.requestWillBeSent" and params["request"]["url"][:5] != "data:":
             self.requests.append(params["request"]["url"])
 
-    def open(self, page: Path, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
-        """Show a file, in a window of this size, on a machine whose colours are light or dark; until it has drawn."""
+    def open(self, page: str, *, width: int = 1200, height: int = 900, scheme: str = "light") -> None:
+        """Show a URL, in a window of this size, on a machine whose colours are light or dark; until it has drawn."""
         self.complaints.clear()
         self.requests.clear()
         self.tell(
@@ -79,8 +79,8 @@ class Tab:
         )
         self.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.tell("Page.navigate", url="about:blank")
-        self.tell("Page.navigate", url=page.as_uri())
-        self.wait("location.protocol === 'file:' && document.documentElement?.dataset.drawn === 'yes'")
+        self.tell("Page.navigate", url=page)
+        self.wait("location.protocol !== 'about:' && document.documentElement?.dataset.drawn === 'yes'")
 
     def js(self, expression: str) -> Any:
         """Its value. AssertionError if it threw."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from relora_ray.commands.watch import Watch, pages
 from relora_ray.runs.places import run_storage
+from relora_ray.storage import Storage
 from relora_ray.study.page.contents import contents
 from relora_ray.study.page.facts import Facts, run_facts
 from relora_ray.study.page.html import render
 from relora_ray.study.run_log import read_log
+from relora_ray.study.serve import Page, Server
 from tests.browser import Tab, browser, find_browser
 from tests.sweep.test_results import grid
 from tests.tiny import Crash, crash_at, run, tiny_config
@@ -42,18 +47,19 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Facts]:
 
 
 @pytest.fixture(scope="module")
-def one(runs: list[Facts], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(runs: list[Facts], tmp_path_factory: pytest.TempPathFactory) -> str:
     return written(render(contents("run tiny", runs[:1])), tmp_path_factory.mktemp("page"))
 
 
-def written(text: str, folder: Path) -> Path:
+def written(text: str, folder: Path) -> str:
+    """Its URL."""
     (folder / "report.html").write_text(text)
-    return folder / "report.html"
+    return (folder / "report.html").as_uri()
 
 
-def assert_at_peace(tab: Tab, page: Path) -> None:
+def assert_at_peace(tab: Tab, page: str) -> None:
     assert tab.complaints == []
-    assert tab.requests == [page.as_uri()]
+    assert tab.requests == [page]
 
 
 def drawn(tab: Tab, title: str, trace: int, axis: str) -> list[float]:
@@ -65,7 +71,7 @@ def drawn(tab: Tab, title: str, trace: int, axis: str) -> list[float]:
     return found
 
 
-def test_what_is_drawn_is_what_was_recorded(tab: Tab, one: Path, runs: list[Facts]) -> None:
+def test_what_is_drawn_is_what_was_recorded(tab: Tab, one: str, runs: list[Facts]) -> None:
     tab.open(one)
     train = runs[0].log.latest("train")
     assert drawn(tab, "Training loss", 0, "x") == list(range(1, 13))
@@ -88,7 +94,7 @@ def test_what_is_drawn_is_what_was_recorded(tab: Tab, one: Path, runs: list[Fact
     assert_at_peace(tab, one)
 
 
-def test_light_and_dark(tab: Tab, one: Path) -> None:
+def test_light_and_dark(tab: Tab, one: str) -> None:
     def colours() -> tuple[str, str]:
         text = "document.querySelector('.plot .xtick text')"
         return tab.js("getComputedStyle(document.body).backgroundColor"), tab.js(f"getComputedStyle({text}).fill")
@@ -108,7 +114,7 @@ def test_light_and_dark(tab: Tab, one: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_wider_than_the_window(tab: Tab, one: Path, width: int, tmp_path: Path) -> None:
+def test_nothing_is_wider_than_the_window(tab: Tab, one: str, width: int, tmp_path: Path) -> None:
     tab.open(one, width=width)
     assert tab.js("document.documentElement.scrollWidth") <= width
     widths = tab.js("[...document.querySelectorAll('.plot .main-svg')].map(s => s.getBoundingClientRect().right)")
@@ -160,3 +166,36 @@ def test_sweep_is_drawn(tab: Tab, tmp_path: Path) -> None:
     cells = drawn(tab, "Two keys at a time", 0, "z")
     assert sorted(map(len, cells)) in ([2, 2, 2], [3, 3])
     assert_at_peace(tab, page)
+
+
+@contextmanager
+def served(pages: dict[str, Page]) -> Iterator[str]:
+    with Server(pages) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_report_is_drawn_as_watch_serves_it(tab: Tab, runs: list[Facts]) -> None:
+    """Under the server's policy besides the page's own."""
+    with served(pages(Watch(Storage(runs[0].log.url)), 60.0)) as url:
+        tab.tell("Page.navigate", url=url)
+        tab.wait("document.querySelector('a') !== null")
+        report = tab.js("document.querySelector('a').href")
+        assert report == f"{url}report"
+        tab.open(report)
+        assert drawn(tab, "Training loss", 0, "x") == list(range(1, 13))
+        assert_at_peace(tab, report)
+
+
+def test_sweep_is_drawn_as_it_is_served(tab: Tab) -> None:
+    """Plotly compiles what it draws of one, which a policy may forbid."""
+    page = render(contents("sweep", [], points=grid(lambda rank, every: 3 - rank / 99 + every / 9)))
+    with served({"/": Page(lambda: page, every_s=60.0, still=True, scripts=True)}) as url:
+        tab.open(url)
+        assert tab.js("document.querySelectorAll('.plot .parcoords').length") > 0
+        assert_at_peace(tab, url)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from relora_ray.commands.watch import Watch, live_page, main
+from relora_ray.commands.watch import Watch, main, pages
 from relora_ray.config.file import to_yaml
 from relora_ray.errors import StorageError
 from relora_ray.modeling.flops import peak_flops
@@ -27,8 +27,9 @@ from relora_ray.runs.speed import flops_per_token
 from relora_ray.runs.tally import Tally
 from relora_ray.storage import Storage
 from relora_ray.study.live import Live
+from relora_ray.study.page import html
 from relora_ray.study.screen import spark
-from relora_ray.study.serve import Server
+from relora_ray.study.serve import Page, Server
 from tests.conftest import ROOT
 from tests.test_status import put_life, put_manifest, put_metrics, put_page, requests  # noqa: F401
 from tests.test_tally import attempt, begin, name, train
@@ -115,7 +116,7 @@ def test_run_that_cannot_be_read_is_a_row_and_others_are_shown(
     assert isinstance(rows["half"], str)
     assert "is not the one that the run's checkpoints were made with" in rows["half"]
     assert not isinstance(rows["done"], str)
-    page = live_page(watch)(watch.storages())
+    page = pages(watch, 1.0)["/"].text()
     assert "is not the one that" in page
     assert "12 of 12" in page
 
@@ -262,7 +263,7 @@ def test_texts_of_storage_do_nothing_to_terminal_or_page(storage: Storage, capsy
     assert "\x1b" not in text
     assert "[bold]" in text.replace("\n", "")
     watch = Watch(storage)
-    page = live_page(watch)(watch.storages())
+    page = pages(watch, 1.0)["/"].text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
 
@@ -332,9 +333,7 @@ def test_terminal_is_drawn_in_place_until_ctrl_c(folder: Path) -> None:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
-    watch = Watch(Storage(str(folder)))
-    render = live_page(watch)
-    with Server(lambda: render(watch.storages()), every_s=0.2) as server:
+    with Server(pages(Watch(Storage(str(folder))), 0.2)) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server
@@ -351,13 +350,13 @@ def ask(server: Server, path: str = "/", method: str = "GET", **headers: str) ->
     return connection.getresponse()
 
 
-def test_page_has_all_runs_and_asks_for_nothing_else(server: Server) -> None:
+def test_page_has_all_runs_and_loads_nothing_else(server: Server) -> None:
     answer = ask(server)
     page = answer.read().decode()
     assert answer.status == 200
     assert re.findall(r"<h2>(\w+)", page) == ["done", "half", "new"]
     assert "<polyline" in page
-    assert not re.search(r"<script|src=|href=|https?://", page)
+    assert re.findall(r"<script|src=|https?://|href=.*?>", page) == ['href="/report">']
     assert answer.getheader("Refresh") == "1"
     assert "default-src 'none'" in str(answer.getheader("Content-Security-Policy"))
     assert answer.getheader("Cache-Control") == "no-store"
@@ -378,7 +377,7 @@ def test_names_of_others_are_refused(host: str, status: int, server: Server) -> 
     ("method", "path", "status"),
     [("GET", "/etc/passwd", 404), ("GET", "/../x", 404), ("GET", "/?x", 200), ("HEAD", "/", 200), ("POST", "/", 501)],
 )
-def test_there_is_one_page_and_nothing_to_change(method: str, path: str, status: int, server: Server) -> None:
+def test_there_is_nothing_else_and_nothing_to_change(method: str, path: str, status: int, server: Server) -> None:
     answer = ask(server, path, method)
     assert answer.status == status
     if method == "HEAD":
@@ -392,8 +391,23 @@ def test_page_is_made_once_for_many_who_ask() -> None:
         made.append(1)
         return f"{len(made)}"
 
-    with Server(render, every_s=3600.0) as server:
-        assert [server.page() for _ in range(5)] == ["1"] * 5
+    page = Page(render, every_s=3600.0)
+    assert [page.text() for _ in range(5)] == ["1"] * 5
+
+
+def test_report_is_served_and_stays_until_it_is_asked_for_again(server: Server) -> None:
+    answer = ask(server, "/report")
+    page = answer.read().decode()
+    assert answer.status == 200
+    assert answer.getheader("Refresh") is None
+    assert set(re.findall(r'data-run="\d+" aria-pressed="true"><i [^>]*></i>(\w+)', page)) == {"done", "half", "new"}
+
+
+def test_report_needs_plotly(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "find_spec", lambda _: None)
+    answer = ask(server, "/report")
+    assert answer.status == 503
+    assert "pip install 'relora-ray[report]'" in answer.read().decode()
 
 
 def test_server_says_what_it_exposes_to_others(folder: Path) -> None:

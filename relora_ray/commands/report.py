@@ -181,11 +181,27 @@ class Found:
             self.problems.append(f"{place.url} is left out: {error}")
             return None
 
-    def title(self, places: Sequence[Storage]) -> str:
+    def page(
+        self, places: Sequence[Storage], *, against: str | None = None, dollars_per_hour: float | None = None
+    ) -> Contents:
+        """All that is known, to be printed or drawn. `against`: the label of a run that others are compared with."""
+        facts = [
+            run_facts(log, label, dollars_per_hour=dollars_per_hour)
+            for log, label in zip(self.logs, labels(self.logs), strict=True)
+        ]
+        return contents(self._title(places), facts, against=against, points=self.points, problems=self.problems)
+
+    def _title(self, places: Sequence[Storage]) -> str:
         if len(self.logs) == 1 and self.points is None:
             return f"run {self.logs[0].cfg.name}"
         name = places[0].url.rpartition("/")[2] if len(places) == 1 else f"{len(self.logs)} runs"
         return f"sweep {name}" if self.points is not None else name
+
+
+def html_page(place: Storage) -> str:
+    """Of the run, the sweep or the runs there. ConfigError if there is none, or if plotly is not installed."""
+    find_plotly()
+    return render(Found([place]).page([place]))
 
 
 def labels(logs: Sequence[RunLog]) -> list[str]:
@@ -278,11 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if one:
         print(printable("\n".join(_lines(found.logs[0]))))
     if not one or html is not None:
-        facts = [
-            run_facts(log, label, dollars_per_hour=args.dollars_per_hour)
-            for log, label in zip(found.logs, named, strict=True)
-        ]
-        page = contents(found.title(places), facts, against=args.against, points=found.points, problems=found.problems)
+        page = found.page(places, against=args.against, dollars_per_hour=args.dollars_per_hour)
         if not one:
             print(printable("\n".join(_of_several(page))))
         if html is not None:

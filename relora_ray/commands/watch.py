@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from relora_ray import cli
@@ -19,12 +19,15 @@ from relora_ray.storage import Storage
 
 if TYPE_CHECKING:
     from relora_ray.study.live import View
+    from relora_ray.study.serve import Page
 
 EVERY_S = 2.0
 SHORTEST_S = 0.2
 PORT = 8400
 LOOK_FOR_RUNS_S = 30.0
 """Between two looks for new runs in a folder."""
+REPORT, REPORT_S = "/report", 10.0
+"""Its path on the server, and after how long it is made anew at the earliest."""
 SEGMENTS = {True: 16, False: 1}
 """Objects of the log, of about 3,000 steps each, that are read at first: of one run that is watched, or of each of
 several."""
@@ -40,7 +43,7 @@ class Watch:
         from relora_ray.runs.setting import is_run
         from relora_ray.study.live import Live
 
-        self._storage, self._is_run, self._new = storage, is_run, Live
+        self.storage, self._is_run, self._new = storage, is_run, Live
         self.single, self._peak = is_run(storage), peak_flops
         self._lives: dict[str, Live] = {}
         self._seen: dict[str, View] = {}
@@ -54,16 +57,11 @@ class Watch:
                     f"{storage.url} is no run, and there is none in it. Give a run's folder, or one with runs."
                 )
 
-    def storages(self) -> list[Storage]:
-        """Of all runs there are now, by name."""
-        if not self.single and time.monotonic() - self._looked > LOOK_FOR_RUNS_S:
-            self._find()
-        return [live.storage for _, live in sorted(self._lives.items())]
-
     def look(self) -> Rows:
         """By name what each run does, or what is wrong with it. A single one that cannot be read now is shown as it was
         last, if it was ever seen: then the second row says what is wrong."""
-        self.storages()
+        if not self.single and time.monotonic() - self._looked > LOOK_FOR_RUNS_S:
+            self._find()
         rows: list[tuple[str, View | str]] = []
         for name, live in sorted(self._lives.items()):
             try:
@@ -79,8 +77,8 @@ class Watch:
 
     def _find(self) -> None:
         self._looked = time.monotonic()
-        for name in self._storage.folders(""):
-            if name not in self._lives and self._is_run(child := self._storage.child(name)):
+        for name in self.storage.folders(""):
+            if name not in self._lives and self._is_run(child := self.storage.child(name)):
                 self._add(name, child)
 
     def _add(self, name: str, storage: Storage) -> None:
@@ -120,29 +118,38 @@ def _drawn(watch: Watch, width: int, ascii_only: bool) -> Any:
     return frame(cast("View", rows[0][1]), width, ascii_only=ascii_only, problem=str(problem))
 
 
-def serve(render: Callable[[Sequence[Storage]], str], watch: Watch, host: str, port: int, every_s: float) -> None:
-    """The page that `render` makes of the runs, until Ctrl-C."""
+def serve(watch: Watch, host: str, port: int, every_s: float) -> None:
+    """What is seen now, and the report of all that was, as pages until Ctrl-C."""
     from relora_ray.study.serve import Server, is_loopback
 
     if not is_loopback(host):
         print(
-            f"warning: --host {host} lets everybody who reaches this machine see names, places, losses and speed of "
-            f"what is watched, without a password and unencrypted. `ssh -L` shows it to you alone.",
+            f"warning: --host {host} lets everybody who reaches this machine see names, places, settings, losses and "
+            f"speed of what is watched, without a password and unencrypted. `ssh -L` shows it to you alone.",
             file=sys.stderr,
         )
     with (
         contextlib.suppress(KeyboardInterrupt),  # from before the line that names it
-        Server(lambda: render(watch.storages()), host=host, port=port, every_s=every_s) as server,
+        Server(pages(watch, every_s), host=host, port=port) as server,
     ):
         print(f"watching at {server.url}, until Ctrl-C", flush=True)
         server.serve_forever()
 
 
-def live_page(watch: Watch) -> Callable[[Sequence[Storage]], str]:
-    """What makes a page of what `watch` sees, which knows what it has read before."""
+def pages(watch: Watch, every_s: float) -> dict[str, Page]:
+    """By path. The report is read whole, for whoever asks for it."""
+    from relora_ray.commands.report import html_page
     from relora_ray.study.livepage import page
+    from relora_ray.study.serve import Page
 
-    return lambda storages: page(watch.look(), f"{len(storages)} runs" if len(storages) > 1 else "a run")
+    def live() -> str:
+        rows = watch.look()
+        return page(rows, "a run" if watch.single else f"{len(rows)} runs", report=REPORT)
+
+    return {
+        "/": Page(live, every_s=every_s),
+        REPORT: Page(lambda: html_page(watch.storage), every_s=REPORT_S, still=True, scripts=True),
+    }
 
 
 @command
@@ -156,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.serve is None:
         show(watch, args.every, once=args.once)
     else:
-        serve(live_page(watch), watch, args.host or "127.0.0.1", args.serve, args.every)
+        serve(watch, args.host or "127.0.0.1", args.serve, args.every)
 
 
 def _parser() -> argparse.ArgumentParser:

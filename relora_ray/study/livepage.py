@@ -1,4 +1,4 @@
-"""A page of the same for a browser: one HTML text, without scripts, that asks for nothing else."""
+"""A page of the same for a browser: one HTML text, without scripts, that loads nothing else."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ polyline{fill:none;stroke:#1f77b4;stroke-width:1.5}.bad{color:#b00020}
 """
 
 
-def page(rows: Sequence[tuple[str, View | str]], title: str) -> str:
-    """`rows`: names of runs, and of each how it is or what is wrong."""
+def page(rows: Sequence[tuple[str, View | str]], title: str, *, report: str) -> str:
+    """`rows`: names of runs, and of each how it is or what is wrong. `report`: where all charts are."""
     body = "\n".join(_problem(name, found) if isinstance(found, str) else _run(found) for name, found in rows)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n"
+        f'<p><a href="{escape(report)}">All charts and tables</a> of what is stored so far</p>\n</body></html>\n'
     )
 
 

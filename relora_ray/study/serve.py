@@ -1,6 +1,6 @@
-"""A page that is made anew for whoever looks at it, over HTTP, for this machine unless it is told otherwise.
+"""Pages that are made anew for whoever looks at them, over HTTP, for this machine unless it is told otherwise.
 
-There is one page, at /. Nothing can be changed through it. A request is answered only if it names this server by an
+Nothing can be changed through them. A request is answered only if it names this server by an
 address or a known name, so that no web site can have a browser ask for it under a name of its own (DNS rebinding).
 """
 
@@ -10,7 +10,7 @@ import ipaddress
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,10 +21,11 @@ LOOPBACK = "127.0.0.1"
 MOST_S = 15.0
 """A client that takes longer to ask is not waited for."""
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-SCRIPTS = "; script-src 'unsafe-inline'"
+SCRIPTS = "; script-src 'unsafe-inline' 'unsafe-eval'"
+"""A page with scripts says itself which ones: a browser keeps to both policies."""
 
 
 def is_loopback(host: str) -> bool:
@@ -34,17 +35,39 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class Page:
+    """An HTML text that `render` gives; it is called by one thread at a time, and not more often than each `every_s`
+    seconds, after which a browser asks again, unless the page is `still`. `scripts`: there are some in it."""
+
+    def __init__(
+        self, render: Callable[[], str], *, every_s: float, still: bool = False, scripts: bool = False
+    ) -> None:
+        self._render, self._every_s, self._lock = render, every_s, threading.Lock()
+        self._made, self._text = -every_s, ""
+        self.headers = {
+            "Content-Type": "text/html; charset=utf-8",
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": POLICY + (SCRIPTS if scripts else ""),
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+        }
+        if not still:
+            self.headers["Refresh"] = f"{max(1, round(every_s))}"
+
+    def text(self) -> str:
+        with self._lock:
+            if time.monotonic() - self._made >= self._every_s:
+                self._text, self._made = self._render(), time.monotonic()
+            return self._text
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(
-        self, render: Callable[[], str], *, host: str = LOOPBACK, port: int = 0, every_s: float, scripts: bool = False
-    ) -> None:
-        """`render` gives the page; it is called by one thread at a time, and not more often than each `every_s`
-        seconds, after which a browser asks again. `scripts`: the page has scripts in it. ConfigError if the port cannot
-        be had."""
-        self._render, self._every_s, self._scripts = render, every_s, scripts
-        self._lock, self._made, self._page = threading.Lock(), -every_s, ""
+    def __init__(self, pages: Mapping[str, Page], *, host: str = LOOPBACK, port: int = 0) -> None:
+        """`pages` by path, such as /. ConfigError if the port cannot be had."""
+        self.pages = pages
         self._names = {"localhost", platform.node().lower(), host.lower()}
         try:
             super().__init__((host, port), _Handler)
@@ -59,12 +82,6 @@ class Server(ThreadingHTTPServer):
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/"
 
-    def page(self) -> str:
-        with self._lock:
-            if time.monotonic() - self._made >= self._every_s:
-                self._page, self._made = self._render(), time.monotonic()
-            return self._page
-
     def is_named(self, host: str) -> bool:
         """Whether a Host header is this server's: any address, as a web site has none of them for a name, or one of its
         names."""
@@ -76,17 +93,6 @@ class Server(ThreadingHTTPServer):
             return name in self._names
         return True
 
-    def headers(self) -> dict[str, str]:
-        return {
-            "Content-Type": "text/html; charset=utf-8",
-            "Refresh": f"{max(1, round(self._every_s))}",
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": POLICY + (SCRIPTS if self._scripts else ""),
-            "X-Content-Type-Options": "nosniff",
-            "X-Frame-Options": "DENY",
-            "Referrer-Policy": "no-referrer",
-        }
-
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
@@ -96,13 +102,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self.server.is_named(self.headers.get("Host", "")):
             return self._say(HTTPStatus.FORBIDDEN, "This server is asked for under a name that is not its own.\n")
-        if self.path.partition("?")[0] != "/":
-            return self._say(HTTPStatus.NOT_FOUND, "There is one page, at /.\n")
+        page = self.server.pages.get(self.path.partition("?")[0])
+        if page is None:
+            return self._say(HTTPStatus.NOT_FOUND, f"There is {' and '.join(self.server.pages)}.\n")
         try:
-            content = self.server.page()
+            content = page.text()
         except ReloraError as error:
             return self._say(HTTPStatus.SERVICE_UNAVAILABLE, masked(f"{error}\n"))
-        self._answer(HTTPStatus.OK, content.encode(), self.server.headers())
+        self._answer(HTTPStatus.OK, content.encode(), page.headers)
         return None
 
     do_HEAD = do_GET
