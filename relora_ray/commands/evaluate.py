@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[str] = []
     with ExitStack() as stack:
         # All of them first: a mistake in the last is told before hours are spent on the first.
-        subjects = [stack.enter_context(open_subject(at, args.step)) for at in places]
+        subjects = [stack.enter_context(open_subject(at, args.step, best=args.best)) for at in places]
         args.asked = any((args.data, args.generate, args.glue, args.lm_eval))
         _refuse_what_cannot_be(args, subjects)
         firsts: dict[str, Evaluation] = {}
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         (__doc__ or "").splitlines()[0],
         "runs/quickstart",
         "runs/quickstart --data books=data/books,data/code --rows 1000",
-        "runs/a runs/b --data data/c4 --rows 1000",
+        "runs/a runs/b --best --data data/c4 --rows 1000",
         "runs/quickstart --step 300 --generate 'It was a truth' --temperature 0.8",
         "runs/quickstart --glue cola,rte --glue-data data/glue --seeds 1,2,3",
         "exported --glue all --out results --ray",
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="RUN|FOLDER", help="a run's folder or URL, or a Hugging Face folder")
-    add("--step", type=at_least_0, default=None, help="a checkpoint's step; default: the newest")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=at_least_0, default=None, help="a checkpoint's step; default: the newest")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
     add("--out", help="where results go, as a folder or URL; default: a run's own folder, and for other models nowhere")
     add("--device", default="", choices=("", "cpu", "cuda"), help="default: a GPU if there is one")
     add("--precision", choices=("fp32", "bf16"), default=None, help="default: a run's own for --data, else fp32")

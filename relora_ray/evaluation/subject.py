@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from relora_ray.checkpoint import Manifest, existing_step, read_manifest
+from relora_ray.checkpoint import Manifest, best_step, existing_step, read_manifest
 from relora_ray.config import RunConfig
 from relora_ray.data.tokenizer import template_begin_ids
 from relora_ray.errors import ConfigError, DataError, first_words
@@ -175,15 +175,18 @@ class Subject:
 
 
 @contextmanager
-def open_subject(place: Storage, step: int | None = None) -> Iterator[Subject]:
-    """ConfigError if it is neither a run nor a Hugging Face folder, CheckpointError if there is no such checkpoint."""
+def open_subject(place: Storage, step: int | None = None, *, best: bool = False) -> Iterator[Subject]:
+    """`step`, or the `best`: of a run's checkpoints, by held-out loss; the newest if neither is given. ConfigError if
+    it is neither a run nor a Hugging Face folder, CheckpointError if there is no such checkpoint."""
     with tempfile.TemporaryDirectory(prefix="relora-ray-evaluate-") as scratch:
         if is_run(place):
+            step = best_step(place) if best else step
             subject = Subject(place, Path(scratch), step, find_setting(place))
             assert subject.manifest is not None  # CheckpointError if there is none
         elif place.exists("config.json"):
-            if step is not None:
-                raise ConfigError(f"--step={step} has no effect: {place.url} is a model, not a run. Remove it.")
+            if best or step is not None:
+                given = "--best" if best else f"--step={step}"
+                raise ConfigError(f"{given} has no effect: {place.url} is a model, not a run. Remove it.")
             subject = Subject(place, Path(scratch), None, None)
             _read_config(subject.folder)
         else:

@@ -20,6 +20,7 @@ from relora_ray.commands.evaluate import main
 from relora_ray.commands.export import export
 from relora_ray.commands.report import summary
 from relora_ray.config import RunConfig
+from relora_ray.evaluation import subject
 from relora_ray.evaluation.fine_tuning import Encoded, Recipe, _cut, _encoded, _logits, padding
 from relora_ray.evaluation.glue import TASKS, Examples, read_task
 from relora_ray.evaluation.subject import load_classifier, open_subject
@@ -88,6 +89,12 @@ def test_loss_is_that_of_the_runs_own_evaluations(trained: RunConfig, place: str
     assert code == 0
     assert f"x            loss {recorded[12]['loss']:.4f}" in out
     assert "are not stored" in out
+
+
+def test_best_is_taken_on_demand(place: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one that is: tests of the export."""
+    monkeypatch.setattr(subject, "best_step", lambda storage: 4 if storage.url == place else None)
+    assert "after step 4\n" in call(place, "--best")[1]
 
 
 def test_bits_per_byte_are_of_the_text(trained: RunConfig, exported: str, call: Call, tmp_path: Path) -> None:
@@ -258,6 +265,7 @@ def test_mistakes_end_in_one_message(
         ((place, "--step", "5"), "step 5"),
         ((exported,), "is a model without data of its own"),
         ((exported, "--step", "5", "--data", data), "--step=5 has no effect"),
+        ((exported, "--best", "--data", data), "--best has no effect"),
         ((exported, "--data", tmp_path / "nowhere"), "has no index.json"),
         ((exported, "--data", f"{data},{data}"), "twice"),
         ((exported, "--data", "a="), "names no data"),
