@@ -8,6 +8,8 @@ The quickstart, two workers, on this machine, each round one after the other, in
     again      the same command right after a run: what forks processes is up
     joined     a Ray that is up (RAY_ADDRESS), right after another run there
     finished   a run that has nothing left to do, to its end
+
+"bare" is Ray Train alone, with nothing of ours: benchmarks/bare_ray_train.py.
 """
 
 from __future__ import annotations
@@ -42,18 +44,28 @@ SETTINGS = (
 def launch(root: Path, data: Path, folder: Path, **variables: str) -> tuple[float, float]:
     """Seconds to the first update's line, and to the end."""
     command = [
-        sys.executable, "-m", "relora_ray.launch", str(root / "configs/quickstart.yaml"), f"data.path={data}",
-        f"storage={folder}", *SETTINGS,
+        "-m", "relora_ray.launch", str(root / "configs/quickstart.yaml"), f"data.path={data}", f"storage={folder}",
+        *SETTINGS,
     ]  # fmt: skip
+    return timed(command, root, folder, **variables)
+
+
+def timed(command: list[str], root: Path, folder: Path, **variables: str) -> tuple[float, float]:
+    """The same of Python with these arguments, in this folder, with our package from `root`."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(root)} | variables
     began, first, said = time.monotonic(), float("nan"), ""
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=folder,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             said += line
-            if re.match(r"step +1/", line):
+            if re.search(r"step +1/", line):
                 first = time.monotonic() - began
     assert process.returncode == 0, said
     return first, time.monotonic() - began
@@ -87,6 +99,20 @@ def measure(root: Path, data: Path, found: dict[str, list[float]]) -> None:
             head.stop()
 
 
+def measure_bare(found: dict[str, list[float]]) -> None:
+    command = [str(ROOT / "benchmarks/bare_ray_train.py")]
+    with tempfile.TemporaryDirectory() as name:
+        found["cold"].append(timed(command, ROOT, Path(name))[0])
+        head = Head(2)
+        try:
+            head.start()
+            for _ in range(2):
+                first, _ = timed(command, ROOT, Path(name), RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
+            found["joined"].append(first)
+        finally:
+            head.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -94,19 +120,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data/quickstart", help="the prepared quickstart's")
     args = parser.parse_args()
     opponents = {"now": ROOT} | ({"before": args.against.resolve()} if args.against else {})
-    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in opponents}
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in (*opponents, "bare")}
     for number in range(args.rounds):
         for name, root in opponents.items():
             measure(root, args.data.resolve(), found[name])
             print(f"round {number + 1}, {name}: {dict(found[name])}", file=sys.stderr)
+        measure_bare(found["bare"])
+        print(f"round {number + 1}, bare: {dict(found['bare'])}", file=sys.stderr)
     against = f" Before: {commit_of(args.against)}." if args.against else ""
     flag = " --against CHECKOUT" if args.against else ""
     print("# How long a start takes\n")
     print(f"Command: `python benchmarks/start.py --rounds {args.rounds}{flag}`{against}\n")
     print(f"{version()}, {machine()}. Medians of {args.rounds} rounds, least and most in brackets, in seconds.\n")
-    print(f"| | {' | '.join(opponents)} |\n|---|{'---|' * len(opponents)}")
+    print(f"| | {' | '.join(found)} |\n|---|{'---|' * len(found)}")
     for what in ("cold", "again", "joined", "finished"):
-        cells = [f"{median(t):.1f} ({min(t):.1f} to {max(t):.1f})" for t in (found[name][what] for name in opponents)]
+        cells = [
+            f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})" if (times := found[name][what]) else ""
+            for name in found
+        ]
         print(f"| {what} | {' | '.join(cells)} |")
 
 
