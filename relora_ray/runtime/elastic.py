@@ -56,7 +56,7 @@ try:
     from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
-    from relora_ray.runtime.controller import Group, TrainController, WorkerGroup, run_controller, worker_group
+    from relora_ray.runtime.controller import Group, TrainController, WorkerGroup, run_controller, state, worker_group
 
     missing = ""
 except ImportError as error:  # pragma: no cover: another version of Ray
@@ -98,7 +98,7 @@ USED = (
     "_maybe_send_resource_request", "_send_resource_request", "_autoscaling_coordinator", "before_controller_abort",
 )  # fmt: skip
 
-REPLACED = ("_init_train_context_on_workers",)
+REPLACED = ("_init_train_context_on_workers", "_get_worker_runtime_env")
 """Of Ray's worker group, in controller.py."""
 
 Resources = dict[str, float]
@@ -120,7 +120,7 @@ def trainer_class(coordinator: Any, run: str, *, own_ray: bool = False) -> Any:
                 _say_that_stock_is_used(coordinator, reason)
             else:
                 kwargs["scaling_policy"] = policy
-            return run_controller(**kwargs)
+            return run_controller(own_settings=SETTINGS.keys(), **kwargs)
 
     return ElasticTrainer
 
@@ -151,6 +151,7 @@ def _what_is_unknown() -> str:
         TrainController: ("worker_group_cls",),
         WorkerGroup: REPLACED,
         worker_group: ("SynchronizationActor",),
+        state: ("_shutdown_sync_actor",),
     }
     absent = [
         f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)

@@ -3,7 +3,8 @@
 It is what `ray.init(address="local")` starts, with three differences. It is started by a process of its own, beside
 which the driver imports what it needs. It has a session of its own, so that a signal for the driver's process group, as
 Ctrl-C, `timeout`, systemd and Slurm send one, leaves it alone until the driver has stored its state. And it has no
-processes that nobody asks here: a dashboard's head, an autoscaler, what follows log files.
+processes that nobody asks here: a dashboard's head, an autoscaler, what follows log files. Nor has it metrics for
+Prometheus: a cluster has them.
 
 Its token is the driver's own and lies in no file, unless RAY_AUTH_MODE says otherwise.
 
@@ -119,6 +120,7 @@ def main() -> None:
 
 
 def _start(num_cpus: int) -> Any:
+    import ray._private.utils
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray._private.node import Node
     from ray._private.parameter import RayParams
@@ -127,6 +129,8 @@ def _start(num_cpus: int) -> Any:
         def start_api_server(self, **_: Any) -> None:
             """None: without a dashboard it would count usage, which nobody is told."""
 
+    # Of what reports to a dashboard only the part without which Ray's daemon ends.
+    ray._private.utils.get_dashboard_dependency_error = lambda: ImportError("there is no dashboard")
     ensure_token_if_auth_enabled()
     params = RayParams(num_cpus=num_cpus, include_dashboard=False, no_monitor=True, include_log_monitor=False)
     return LeanNode(params, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
