@@ -128,7 +128,7 @@ def _prepare_run(args: argparse.Namespace, at_the_end: ExitStack) -> Prepared:
     # Both take some seconds, in which this process imports Ray. A dry run makes its checks itself.
     at = "" if args.dry_run else server.begin()
     is_own = own_ray.is_wanted() and not args.dry_run
-    ray_here = at_the_end.enter_context(own_ray.OwnRay(own_ray.cpus_for(cfg))) if is_own else None
+    ray_here = at_the_end.enter_context(own_ray.OwnRay.to_train(cfg.cluster)) if is_own else None
     from relora_ray.commands.report import summary
     from relora_ray.runs.places import run_storage
     from relora_ray.runtime import driver

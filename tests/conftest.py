@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from tests.s3 import FaultyProxy, Server
 from tests.tiny import tiny_config
 
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell starts what is behind a `&` so, and processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIRST = ("runtime", "test_kills", "conformance", "test_cli")
 """What takes longest is begun first, so that both processes of a test run end at about the same time."""

@@ -1,7 +1,7 @@
 """Losses of small runs as they were in November 2026: what is moved about must not change what is computed.
 
-Not to the last bit, as processors differ in it: those of two differ by 1e-6 here, and another order of two draws by
-1e-2. `python -m tests.test_golden` prints the numbers to the last bit, to compare two versions on one machine.
+Not to the last bit, as processors differ in it: those of two differ by 1e-6 here (under bf16 by 1.1e-3, where one has
+instructions for it and the other does not), and another order of two draws by 1e-2. `python -m tests.test_golden` prints the numbers to the last bit, to compare two versions on one machine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def losses_of(cfg: RunConfig, num_ranks: int) -> list[float]:
 def test_losses_are_as_ever(data: Path, tmp_path: Path, num_ranks: int) -> None:
     expected = json.loads(EXPECTED.read_text())
     for name, cfg in configs(data, tmp_path):
-        tolerance = 1e-5 if name.endswith("fp32") else 1e-3
+        tolerance = 1e-5 if name.endswith("fp32") else 3e-3
         assert losses_of(cfg, num_ranks) == pytest.approx(expected[name], rel=tolerance), name
 
 

@@ -32,14 +32,14 @@ from relora_ray.runtime.agent import Rendezvous, run_agent
 from relora_ray.runtime.coordinator import CoordinatorActor
 from relora_ray.runtime.gauges import gauges
 from relora_ray.runtime.messages import Event, log_event, waiting_event
-from relora_ray.runtime.own_ray import OwnRay, cpus_for, in_short
+from relora_ray.runtime.own_ray import OwnRay, in_short
 from relora_ray.runtime.stopping import storing_at_a_signal
 
 logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], None]
 
-POLL_S = 0.5
+POLL_S = 0.25
 DRAIN_S = 30.0
 """A coordinator that does not say what there is to show within this is asked again."""
 START_S = 300.0
@@ -173,7 +173,7 @@ def connected(cfg: rc.RunConfig, own_ray: OwnRay | None = None) -> Iterator[bool
     A Ray that happens to run on this machine is not joined unasked: it may be another run's own, and end with it.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    with on_ray(lambda: own_ray or OwnRay(cpus_for(cfg))) as is_own:
+    with on_ray(lambda: own_ray or OwnRay.to_train(cfg.cluster)) as is_own:
         if is_own:
             _refuse_if_gpus_are_missing(cfg)
         yield is_own

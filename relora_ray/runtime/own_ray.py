@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
 import subprocess
 import sys
-from types import TracebackType
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any
 
-from relora_ray.config import RunConfig
+from relora_ray.config import ClusterConfig
 from relora_ray.errors import ConfigError
 
 START_S = 120.0
@@ -34,6 +36,8 @@ END_S = 30.0
 SETTINGS = {"RAY_worker_niceness": "0", "RAY_worker_oom_score_adjustment": "0"}
 """Environment of Ray's daemons; what is set already stays. Ray's own defaults, 15 and 1000, give way to whatever else a
 machine does: to the processes that train too, which are forked from a server that the driver has started."""
+OF_WORKERS = "ray.train.v2._internal.execution.worker_group.worker"
+"""What those import that Ray keeps ready for workers, while the run is looked at."""
 
 
 def is_wanted() -> bool:
@@ -41,15 +45,18 @@ def is_wanted() -> bool:
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
-def cpus_for(cfg: RunConfig) -> int:
-    """How many it has to have: a slot for every worker."""
-    return max(cfg.cluster.workers * cfg.cluster.cpus_per_worker, os.cpu_count() or 1)
-
-
 class OwnRay:
     """Begins to start it; `address` waits until it is there."""
 
-    def __init__(self, num_cpus: int) -> None:
+    @classmethod
+    def to_train(cls, cluster: ClusterConfig) -> OwnRay:
+        """With a slot for every worker, and one more: Ray keeps as many processes ready, and the coordinator is one."""
+        num_cpus = cluster.workers * cluster.cpus_per_worker + 1
+        ready = {"RAY_preload_python_modules": OF_WORKERS, "RAY_worker_maximum_startup_concurrency": str(num_cpus)}
+        return cls(num_cpus, ready)
+
+    def __init__(self, num_cpus: int, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`settings`: environment of Ray's daemons besides SETTINGS; what is set already stays."""
         if "RAY_AUTH_MODE" not in os.environ:  # for this process too, which is to join it
             os.environ["RAY_AUTH_MODE"] = "token"
             if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
@@ -59,7 +66,7 @@ class OwnRay:
         code = f"import sys; sys.path[:] = {sys.path!r}; from relora_ray.runtime.own_ray import main; main()"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, str(num_cpus)],
-            env=SETTINGS | os.environ,
+            env={**SETTINGS, **settings, **os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -115,6 +122,7 @@ def main() -> None:
         print(json.dumps({"error": why_not(error)}), file=out, flush=True)
         raise SystemExit(1) from None
     print(json.dumps({"address": node.gcs_address}), file=out, flush=True)
+    _have_processes_ready(node.gcs_address)
     sys.stdin.read()
     node.kill_all_processes(check_alive=False, allow_graceful=True)
 
@@ -134,6 +142,15 @@ def _start(num_cpus: int) -> Any:
     ensure_token_if_auth_enabled()
     params = RayParams(num_cpus=num_cpus, include_dashboard=False, no_monitor=True, include_log_monitor=False)
     return LeanNode(params, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
+
+
+def _have_processes_ready(address: str) -> None:
+    """Ray starts those that it keeps ready when the first driver has come, which would be the one that needs them."""
+    import ray
+
+    with contextlib.suppress(Exception):  # the driver is gone, or has come first: nothing depends on it
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.shutdown()
 
 
 def why_not(error: Exception) -> str:
