@@ -1,7 +1,8 @@
 """Losses of small runs as they were in November 2026: what is moved about must not change what is computed.
 
 Not to the last bit, as processors differ in it: those of two differ by 1e-6 here (under bf16 by 1.1e-3, where one has
-instructions for it and the other does not), and another order of two draws by 1e-2. `python -m tests.test_golden` prints the numbers to the last bit, to compare two versions on one machine.
+instructions for it and the other does not), and another order of two draws by 1e-2. `python -m tests.test_golden`
+prints the numbers to the last bit, to compare two versions on one machine.
 """
 
 from __future__ import annotations
