@@ -129,14 +129,16 @@ def _prepare_run(args: argparse.Namespace, at_the_end: ExitStack) -> Prepared:
     at = "" if args.dry_run else server.begin()
     is_own = own_ray.is_wanted() and not args.dry_run
     ray_here = at_the_end.enter_context(own_ray.OwnRay.to_train(cfg.cluster)) if is_own else None
+    from relora_ray.runtime.preflight import begin_preflight
+
+    checked = None if args.dry_run else begin_preflight(cfg, at)
     from relora_ray.commands.report import summary
     from relora_ray.runs.places import run_storage
     from relora_ray.runtime import driver
-    from relora_ray.runtime.preflight import preflight_apart
 
-    if not args.dry_run:
+    if checked is not None:
         progress.waits_for("config, model, data and storage are checked")
-        cfg = preflight_apart(cfg, at)
+        cfg = checked.result()
 
     def train() -> int:
         try:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 
 import ray
@@ -34,9 +36,27 @@ def preflight(cfg: RunConfig) -> RunConfig:
     return _check(as_here(cfg))
 
 
-def preflight_apart(cfg: RunConfig, at: str = "") -> RunConfig:
-    """`preflight`, of which a process of its own does what needs torch. `at`: the address of a server for it."""
-    cfg = as_here(cfg)
+def preflight_apart(cfg: RunConfig) -> RunConfig:
+    """`preflight`, of which a process of its own does what needs torch."""
+    return _ask(as_here(cfg), "")
+
+
+def begin_preflight(cfg: RunConfig, at: str) -> Future[RunConfig]:
+    """The same, while this process goes on. `at`: the address of a server for the other. ConfigError at once for what
+    this one can see."""
+    cfg, checked = as_here(cfg), Future[RunConfig]()
+
+    def ask() -> None:
+        try:
+            checked.set_result(_ask(cfg, at))
+        except BaseException as error:
+            checked.set_exception(error)
+
+    threading.Thread(target=ask, name="relora-ray-preflight", daemon=True).start()  # Ctrl-C does not wait for it
+    return checked
+
+
+def _ask(cfg: RunConfig, at: str) -> RunConfig:
     ours, theirs = multiprocessing.Pipe()
     with ours:
         child = server.spawn(theirs, f"{__name__}:answer", to_yaml(cfg), first=at)
