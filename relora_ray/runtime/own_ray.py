@@ -52,7 +52,8 @@ class OwnRay:
     def to_train(cls, cluster: ClusterConfig) -> OwnRay:
         """With a slot for every worker, and one more: Ray keeps as many processes ready, and the coordinator is one."""
         num_cpus = cluster.workers * cluster.cpus_per_worker + 1
-        ready = {"RAY_preload_python_modules": OF_WORKERS, "RAY_worker_maximum_startup_concurrency": str(num_cpus)}
+        at_a_time = min(num_cpus, 2 * (os.cpu_count() or 1))
+        ready = {"RAY_preload_python_modules": OF_WORKERS, "RAY_worker_maximum_startup_concurrency": str(at_a_time)}
         return cls(num_cpus, ready)
 
     def __init__(self, num_cpus: int, settings: Mapping[str, str] = MappingProxyType({})) -> None:
