@@ -36,8 +36,8 @@ FIRST = ("runtime", "test_kills", "conformance", "test_cli")
 SLOW = (
     "conformance", "data/test_claim", "runtime/test_autoscaling", "runtime/test_elastic.py", "runtime/test_faults",
     "runtime/test_gauges", "test_tracking", "is_found_when_it_is_installed",
-    "runtime/test_jobs", "runtime/test_meeting", "runtime/test_notice", "runtime/test_sweep", "runtime/test_train",
-    "runtime/test_launch_errors", "simulation", "on_a_server", "test_ranks_store_it_once",
+    "runtime/test_jobs", "runtime/test_meeting", "runtime/test_methods", "runtime/test_notice", "runtime/test_sweep",
+    "runtime/test_train", "runtime/test_launch_errors", "simulation", "on_a_server", "test_ranks_store_it_once",
     "test_two_ranks_are_told_too", "on_several_ranks", "spread_over_ranks", "test_elsewhere", "test_a_merge_compiles",
     "test_ablations", "test_checkpoints.py", "test_cli", "test_cluster_files", "test_commands_between", "test_compiled",
     "test_contract", "test_core_trains_with_ray_not_installed", "test_distributed", "test_fork", "test_golden",
