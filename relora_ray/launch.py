@@ -173,15 +173,22 @@ def _prepare_sweep(args: argparse.Namespace, at_the_end: ExitStack) -> Prepared:
     """The same of a sweep; the config is that of one of its runs."""
     sweep = load_sweep(args.config, args.overrides)
     print("\n".join(sweep.plan()), flush=True)
+    progress = SweepProgress(sweep, sys.stdout, says_waits=not args.dry_run)
+    at_the_end.callback(progress.close)
+    progress.waits_for("Ray and torch are imported")
     from relora_ray.runtime.sweep import check_sweep, first_run, run_sweep
     from relora_ray.study.plots import pyplot
     from relora_ray.sweep.report import page, write_up
 
     pyplot()
+    progress.waits_for("configs, models, data and storage are checked")
     sweep, folder = check_sweep(sweep)
 
     def train() -> int:
-        points = run_sweep(sweep, on_event=SweepProgress(sweep, sys.stdout))
+        try:
+            points = run_sweep(sweep, on_event=progress)
+        finally:
+            progress.close()
         write_up(sweep, points, folder)
         show("\n".join(page(sweep, points, [])))
         show(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")

@@ -180,13 +180,26 @@ class Progress:
 
 
 class SweepProgress:
-    """A sweep's events as lines: those of its runs behind their names, and what points come to."""
+    """A sweep's events as lines: those of its runs behind their names, and what points come to; and what is waited for
+    until the first has begun."""
 
-    def __init__(self, sweep: Sweep, out: TextIO) -> None:
+    def __init__(self, sweep: Sweep, out: TextIO, *, says_waits: bool = True) -> None:
         self._sweep, self._out = sweep, out
         self._runs: dict[str, Progress] = {}
+        first = sweep.config(0, sweep.possible_points[0], sweep.spec.seeds[0])
+        self._start = Progress(first, out, says_waits=says_waits)
+
+    def waits_for(self, what: str) -> None:
+        self._start.waits_for(what)
+
+    def close(self) -> None:
+        self._start.close()
 
     def __call__(self, run: str, event: dict[str, Any]) -> None:
+        if not run and event.get("kind") == "waiting":
+            self._start(event)
+            return
+        self._start.close()
         if not run:
             self._on_point(event)
         elif event["kind"] == "begin":

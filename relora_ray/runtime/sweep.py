@@ -47,6 +47,7 @@ from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import begin, is_run, read_config
 from relora_ray.runtime import driver
 from relora_ray.runtime.mailbox import Mailbox
+from relora_ray.runtime.messages import waiting_event
 from relora_ray.runtime.preflight import preflight_apart
 from relora_ray.storage import Storage
 from relora_ray.sweep.dimension import Settings, is_rows
@@ -174,10 +175,12 @@ def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
     folder = sweep_storage(first)
     workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
     driver.refuse_dead_cluster()
+    on_event("", waiting_event("the sweep's folder, and Ray"))
     with _owning(folder), driver.connected(first.model_copy(update={"cluster": workers})):
         began = _claim(folder, sweep)
         points = {point.number: point for point in read_points(folder)}
         shared = _claim_warm_starts(sweep)
+        on_event("", waiting_event("Ray Tune, and the first trial"))
         with _listening(on_event) as queue:
             _tune(sweep, folder, points, began, _Trainer(sweep, shared, queue))
     return read_points(folder)
