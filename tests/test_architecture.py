@@ -22,7 +22,8 @@ from relora_ray.modeling.architecture import Architecture, hf_config, read_archi
 from relora_ray.modeling.model import build_model, embedding_rows
 from relora_ray.modeling.small import small_config
 from relora_ray.runs import setting
-from relora_ray.runs.fork import fork, warm_start_digest
+from relora_ray.runs.fork import fork
+from relora_ray.runs.forkable import warm_start_digest
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.run import load_trained
 from relora_ray.runs.setting import check_run, find_setting

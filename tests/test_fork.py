@@ -20,7 +20,8 @@ from relora_ray.errors import CheckpointError, ConfigError, DamagedError
 from relora_ray.loop import build_state
 from relora_ray.methods.base import build_method
 from relora_ray.modeling.parallel import World
-from relora_ray.runs.fork import fork, warm_start_digest
+from relora_ray.runs.fork import fork
+from relora_ray.runs.forkable import warm_start_digest
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.run import load_trained
 from relora_ray.storage import Storage

@@ -123,9 +123,8 @@ assert state.position.step == 12
     assert tiny_config(data, tmp_path).name == "tiny"
 
 
-def test_coordinator_and_what_only_commits_start_without_torch() -> None:
-    """It would take seven seconds of a processor and 300 MB more, at every start and restart."""
-    code = (
-        "import sys, relora_ray.runtime.coordinator; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
+@pytest.mark.parametrize("module", ["coordinator", "driver", "agent", "sweep"])
+def test_what_does_not_train_starts_without_torch(module: str) -> None:
+    """It would take seconds of a processor and 300 MB more, at every start and restart, and for each trial."""
+    code = f"import sys, relora_ray.runtime.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -5,16 +5,13 @@ norms and head. A fork takes these over, with the moments that they have, and dr
 another rank, for another cycle, under another learning rate. Its first checkpoint names the parent's base instead of
 copying it, and a pin has the parent keep that base for as long as a checkpoint of the fork needs it.
 
-A fork from the end of a warm start is, bit for bit, the run that would have trained the warm start itself, if its
-config gives the warm start's updates the same rows and learning rates: `warm_start_digest` tells.
+forkable.py says what may differ between the two.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
-from hashlib import sha256
 
 from relora_ray.checkpoint import Checkpointer, Rollback, list_manifests
 from relora_ray.checkpoint.history import FORK, pin, pin_base_only
@@ -23,18 +20,10 @@ from relora_ray.config import RunConfig
 from relora_ray.errors import ConfigError
 from relora_ray.methods.base import build_method
 from relora_ray.modeling.parallel import World
-from relora_ray.modeling.schedule import lr_multiplier
+from relora_ray.runs.forkable import may_differ
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import begin, check_run, find_setting
 from relora_ray.runs.state import build_state, identity_digest
-
-_MAY_DIFFER = ("steps", "optimizer.", "schedule.", "train.skip_steps")
-
-
-def may_differ(cfg: RunConfig) -> tuple[str, ...]:
-    """Beginnings of keys in which a fork may differ from its parent: what was trained is taken as it is, all else is as
-    if the run had been its own."""
-    return (*_MAY_DIFFER, *(f"method.{key}" for key in sorted(cfg.method.free_at_boundaries)))
 
 
 def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:
@@ -86,25 +75,6 @@ def _within(rollbacks: tuple[Rollback, ...], steps: int) -> tuple[Rollback, ...]
     """What a run of so many steps passes over, of what its parent did."""
     kept = [r for r in rollbacks if r.skip_from < steps]
     return tuple(r.model_copy(update={"skip_until": min(r.skip_until, steps)}) for r in kept)
-
-
-def warm_start_digest(cfg: RunConfig) -> str:
-    """Of all that decides the state at the end of the warm start, less the adapters: runs with one digest can share it.
-    Empty without a warm start."""
-    if not cfg.warm_start_steps:
-        return ""
-    decisive = {k: v for k, v in cfg.identity().items() if not k.startswith(may_differ(cfg))}
-    decisive |= {k: v for k, v in cfg.identity().items() if k.startswith("optimizer.")}
-    decisive["skip"] = [step for step in cfg.train.skip_steps if step < cfg.warm_start_steps]
-    decisive["init_from"] = cfg.model.init_from
-    decisive["multipliers"] = [lr_multiplier(step, cfg) for step in range(cfg.warm_start_steps)]
-    return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def fixed_keys(cfg: RunConfig, keys: Iterable[str]) -> list[str]:
-    """Of these keys of a config those in which no fork may differ from its parent."""
-    decisive = cfg.identity().keys() | {"model.init_from"}
-    return [key for key in keys if key in decisive and not key.startswith(may_differ(cfg))]
 
 
 def _refuse_if_unfit(cfg: RunConfig, parent: RunConfig, name: str, step: int) -> None:

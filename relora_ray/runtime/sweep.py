@@ -41,8 +41,7 @@ from relora_ray.errors import (
     RunFailedError,
     StoppedError,
 )
-from relora_ray.methods.base import build_method
-from relora_ray.runs.fork import fixed_keys, fork, may_differ, warm_start_digest
+from relora_ray.runs.forkable import fixed_keys, may_differ, warm_start_digest
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import begin, is_run, read_config
 from relora_ray.runtime import driver
@@ -159,9 +158,9 @@ def _refuse_impossible_forks(sweep: Sweep) -> None:
             f"that from sweep.space, or sweep.population. A fork may change {', '.join(may_differ(first_run(sweep)))}."
         )
     for number, settings in enumerate(sweep.possible_points):
-        method = build_method(sweep.config(number, settings, sweep.spec.seeds[0]))
+        cfg = sweep.config(number, settings, sweep.spec.seeds[0])
         for _, step in sweep.stops[:-1]:
-            if not method.is_boundary(step):
+            if step not in cfg.method.boundaries(cfg.steps):
                 raise ConfigError(
                     f"sweep.population compares points after {step} updates, and {text(settings)} has no boundary "
                     f"there, so that nothing can be forked. With method.compat=reference merges come an update later "
@@ -279,6 +278,12 @@ def _warm_config(cfg: RunConfig, digest: str) -> RunConfig:
     return known.model_copy(update={name: getattr(warm, name) for name in ("train", "cluster", "checkpoint", "data")})
 
 
+def _fork(cfg: RunConfig, parent: str, step: int) -> None:
+    from relora_ray.runs.fork import fork  # imports torch, and few trials fork
+
+    fork(cfg, parent, step)
+
+
 class _Trainer:
     """What a trial's process does."""
 
@@ -322,11 +327,11 @@ class _Trainer:
         cfg = self._sweep.config(point.number, point.settings, seed)
         digest = warm_start_digest(cfg)
         if point.parent is not None:
-            fork(cfg, run_name(point.parent, seed), point.forked_at)
+            _fork(cfg, run_name(point.parent, seed), point.forked_at)
         elif digest in self._shared and not list_manifests(run_storage(cfg)):
             warm = _warm_config(cfg, digest)
             self._train_warm_start(warm, point)
-            fork(cfg, warm.name, cfg.warm_start_steps)
+            _fork(cfg, warm.name, cfg.warm_start_steps)
         stop = None if step == cfg.steps else step
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"stop_after_steps": stop})})
         cfg = preflight_apart(cfg)
