@@ -3,15 +3,16 @@
     python -m benchmarks.throughput layer [--shapes 2048x5461 2048x2048] [--tokens 2048] [--micro-batches 4]
     python -m benchmarks.throughput model [--size 60m] [--layers N] [--seq-len 512] [--rows 8] [--micro-batch-rows 4]
     python -m benchmarks.throughput traffic [--size 60m] [--layers N] ...
+    python -m benchmarks.throughput allocator [--size 60m] [--variants full relora] ...
 
 Each prints a page; `pip install -c constraints.txt '.[bench]'` first. Traffic is that of two gloo ranks here, the rest
 has one process. Every opponent is a process of its own that waits until it is asked: they take turns within a round, an
 update each, and ratios are medians over rounds of the times in one round. All have bf16 products, fp32 masters of what
-they train, fused AdamW, SDPA attention, this project's loop and the same allocator settings; `published` and PEFT hold
-their frozen weights in bf16. Adapters come with and without dropout, in a row each: `-dropout` is 0.1, with which the
-published code is shipped, and which is 0 here and in PEFT unless it is set. Beside each ratio is its bound: what the
-count of multiplications allows if all products ran at one speed. FLOP utilisation is against a large product measured
-in the same run.
+they train, fused AdamW, SDPA attention, this project's loop and its settings of the allocator; `published` and PEFT
+hold their frozen weights in bf16. Adapters come with and without dropout, in a row each: `-dropout` is 0.1, with which
+the published code is shipped, and which is 0 here and in PEFT unless it is set. Beside each ratio is its bound: what
+the count of multiplications allows if all products ran at one speed. FLOP utilisation is against a large product
+measured in the same run. `allocator` is with these settings and without.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import contextlib
 import functools
 import json
 import multiprocessing
-import os
 import socket
 import statistics
 import time
@@ -49,12 +49,12 @@ from relora_ray.methods.targets import block_linears
 from relora_ray.modeling.flops import Order, linear_flops, llama_flops
 from relora_ray.modeling.model import build_model, num_parameters
 from relora_ray.modeling.optim import build_adamw, trainable
-from relora_ray.modeling.parallel import World
+from relora_ray.modeling.parallel import World, keep_freed_memory
 from relora_ray.modeling.token_loss import TokenLoss
 from relora_ray.study.ablations import machine, version
 
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-"""Of glibc: without them every large tensor's pages are given back to the system and faulted in again."""
+ALLOCATOR = ("given back", "kept")
+"""What becomes of freed memory: glibc's default, and `keep_freed_memory`."""
 DROPOUT = 0.1
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 """Side of the square product that says how fast the machine multiplies."""
@@ -79,7 +79,7 @@ class PublishedLinear(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=["layer", "model", "traffic"])
+    parser.add_argument("what", choices=["layer", "model", "traffic", "allocator"])
     parser.add_argument("--shapes", nargs="+", default=["2048x5461", "2048x2048"], help="in x out, for layer")
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, for layer")
     parser.add_argument("--micro-batches", type=int, default=4, help="an update has, for layer")
@@ -96,7 +96,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    os.environ |= ALLOCATOR
     print("\n".join(page(args)), flush=True)
 
 
@@ -107,7 +106,7 @@ def page(args: argparse.Namespace) -> Iterator[str]:
         where = f"{torch.cuda.get_device_name()}; {where}"
     yield f"{where}; {version()}; bf16, rank {args.rank}, medians of {args.rounds} rounds"
     yield f"in which all take turns{', torch.compile' if args.compile else ''}. `{' '.join(_command(args))}`\n"
-    yield from {"layer": layers, "model": model, "traffic": traffic}[args.what](args)
+    yield from {"layer": layers, "model": model, "traffic": traffic, "allocator": allocator}[args.what](args)
 
 
 def _command(args: argparse.Namespace) -> Iterator[str]:
@@ -229,6 +228,26 @@ def model(args: argparse.Namespace) -> Iterator[str]:
             f"| {measured[name]['state'] / 1e9:.2f} GB | {measured[name]['trained'] / 1e6:.1f} M "
             f"| {'' if merge_s is None else f'{merge_s:.3f} s'} |"
         )
+
+
+def allocator(args: argparse.Namespace) -> Iterator[str]:
+    """With the allocator's defaults, and as a process that trains on the CPU sets it."""
+    names = _variants(args, tuple(ORDER))
+    both = [f"{name}, {setting}" for name in names for setting in ALLOCATOR]
+    found = take_turns(args, both, lambda name: ("allocator", *reversed(name.split(", "))), measured := {})
+    cfg = config(args, "full")
+    yield f"LLaMA {args.size}{f', {args.layers} layers of it' if args.layers else ''}: updates of {args.rows} rows of"
+    yield f"{args.seq_len} tokens in micro-batches of {args.micro_batch_rows}. Peak memory is of the whole process.\n"
+    yield "| method | freed memory is | ms an update | tokens/s | x | peak memory |\n|---|---|---|---|---|---|"
+    for name in names:
+        for setting in ALLOCATOR:
+            times = found[f"{name}, {setting}"]
+            s, ratio = statistics.median(times), _ratio(found[f"{name}, {ALLOCATOR[0]}"], times)
+            peak = measured[f"{name}, {setting}"]["peak"]
+            yield (
+                f"| {name} | {setting} | {s * 1e3:.0f} | {cfg.tokens_per_step / s:,.0f} | {ratio:.2f} "
+                f"| {peak / 1e9:.2f} GB |"
+            )
 
 
 def config(args: argparse.Namespace, name: str) -> RunConfig:
@@ -445,6 +464,10 @@ def serve(pipe: Connection, args: argparse.Namespace, job: tuple[Any, ...]) -> N
     """A variant's process."""
     torch.set_num_threads(args.threads)
     kind, *rest = job
+    if kind == "allocator":
+        setting, *rest = rest
+    if args.device == "cpu" and (kind != "allocator" or setting == "kept"):
+        keep_freed_memory()
     trained: Trainee | None = None
     if kind == "layer":
         update = layer_update(args, *rest)

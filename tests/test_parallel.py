@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +114,21 @@ def test_keys_are_pinned_and_distinct() -> None:
 
 
 PINNED = 8834406846883839852
+
+
+@pytest.mark.parametrize(("setting", "is_kept"), [({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)])
+def test_memory_of_freed_tensors_is_kept_unless_the_environment_says_otherwise(
+    setting: dict[str, str], is_kept: bool
+) -> None:
+    code = (
+        "import psutil, torch\n"
+        "from relora_ray.modeling.parallel import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "tensor = torch.ones(50_000_000)\n"
+        "del tensor\n"
+        "print((psutil.Process().memory_info().rss - before) / 200e6)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | setting, capture_output=True, text=True)
+    share = float(done.stdout)
+    assert share > 0.9 if is_kept else share < 0.1

@@ -30,7 +30,7 @@ from relora_ray.config import RunConfig
 from relora_ray.config.file import parse_config
 from relora_ray.errors import RanksDisagreeError, ReloraError, RolledBackError
 from relora_ray.loop import run_attempt
-from relora_ray.modeling.parallel import World
+from relora_ray.modeling.parallel import World, keep_freed_memory
 from relora_ray.runs.metrics import Record
 from relora_ray.runtime.messages import Arrival, Kind, Start, log_event, waiting_event
 from relora_ray.runtime.orders import Order
@@ -52,6 +52,8 @@ def train(connection: Connection, config: str, start: Start, device: str) -> Non
         try:
             cfg = parse_config(config)
             torch.set_num_threads(cfg.cluster.cpus_per_worker)
+            if device == "cpu":
+                keep_freed_memory()
             _forward_warnings(link, start.rank)
             if start.rank == 0:
                 link.tell("record", waiting_event("the other ranks" if start.size > 1 else "the device"))
