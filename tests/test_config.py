@@ -401,6 +401,26 @@ def test_every_number_of_steps_fits_a_config_of_shares() -> None:
         assert abs(cfg.warm_start_steps - steps / 4) <= 1.5, "half of the number of cycles"
 
 
+@pytest.mark.parametrize(
+    ("config", "number", "overrides"),
+    [
+        (SHARES, 1000, "steps={}"),
+        (TINY, 100, "steps=1000 ~method.merge_every_steps method.cycles=9 method.warm_start_steps={}"),
+        (TINY, 250, "steps=2000 ~method.warm_start_steps method.warm_start=25% method.merge_every_steps={}"),
+        (
+            TINY,
+            250,
+            "steps=1003 ~schedule.restart_warmup_steps schedule.restart_warmup=10% method.merge_every_steps={}",
+        ),
+    ],
+)
+def test_whole_numbers_may_be_written_otherwise(config: str, number: int, overrides: str) -> None:
+    """All that the config's own check takes for one: shares fit them too."""
+    expected = parse_config(config, overrides.format(number).split())
+    for written in (f"{number}.0", f"'{number}'", f"{number / 100:g}e2"):
+        assert parse_config(config, overrides.format(written).split()) == expected, written
+
+
 def test_weights_name_their_architecture() -> None:
     model = "model={init_from: some/folder}"
     assert parse_config(TINY, [model]).model.huggingface == "some/folder"

@@ -22,6 +22,8 @@ from fractions import Fraction
 from math import floor
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 SHARES = {
     "method.warm_start": "method.warm_start_steps",
     "schedule.warmup": "schedule.warmup_steps",
@@ -34,6 +36,7 @@ SHORT = {**SHARES, CYCLES: MERGE}
 """Keys that are given in place of a number of updates, and the key of that number."""
 PARTNERS = {**SHORT, **{full: short for short, full in SHORT.items()}}
 """Each by the other."""
+_WHOLE = TypeAdapter(int)
 _ROUNDED = "rounded to whole updates, at least 1."
 DOCS = {
     "method.warm_start": "In place of `warm_start_steps`: a share of `steps`, such as 25%. Where cycles follow, it is "
@@ -75,7 +78,7 @@ def _problems(raw: dict[str, Any], said: dict[str, Any], shares: dict[str, Fract
     for short, value in said.items():
         if (number := _get(raw, SHORT[short])) is not None:
             yield f"{short}={value} and {SHORT[short]}={number} say the same twice. Remove one of the two."
-        if short == CYCLES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if short == CYCLES and _above_0(value) is None:
             yield f"method.cycles={value!r} is no number of cycles. Give a whole number above 0."
         elif short != CYCLES and short not in shares:
             yield _no_share(short, value)
@@ -100,26 +103,35 @@ def read_share(value: Any) -> Fraction | None:
 
 def number_of_steps(raw: dict[str, Any]) -> int | None:
     """As the config will have it, from `tokens` too; None if that is malformed."""
-    steps, tokens, rows = raw.get("steps"), raw.get("tokens"), raw.get("global_batch_rows")
-    if steps is None and tokens is not None:
-        data = raw.get("data")
-        seq_len: Any = data.get("seq_len", 512) if isinstance(data, dict) else None
-        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in (tokens, rows, seq_len)):
-            return None
-        steps = max(1, int(tokens // (rows * seq_len)))
-    return steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else None
+    if raw.get("steps") is not None:
+        return _above_0(raw["steps"])
+    data = raw.get("data")
+    seq_len = data.get("seq_len", 512) if isinstance(data, dict) else None
+    tokens, rows, seq_len = (_above_0(value) for value in (raw.get("tokens"), raw.get("global_batch_rows"), seq_len))
+    return max(1, tokens // (rows * seq_len)) if tokens and rows and seq_len else None
+
+
+def _above_0(value: Any) -> int | None:
+    """A whole number as the config's own check reads it: `1e3` and `"1000"` too; None if it is none, or not above 0."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = _WHOLE.validate_python(value)
+    except ValidationError:
+        return None
+    return number if number > 0 else None
 
 
 def _of_method(
     raw: dict[str, Any], steps: int, said: dict[str, Any], shares: dict[str, Fraction]
 ) -> tuple[dict[str, Any], list[str]]:
     """The lengths of warm start and cycles, and what is wrong with them."""
-    cycles, share, every = said.get(CYCLES), shares.get("method.warm_start"), _get(raw, MERGE)
+    cycles, share, every = _above_0(said.get(CYCLES)), shares.get("method.warm_start"), _above_0(_get(raw, MERGE))
     if share is None:
         if cycles is None:
             return {}, []
-        warm = _get(raw, WARM) or 0
-        if not isinstance(warm, int) or warm >= steps:
+        warm = _above_0(_get(raw, WARM)) or 0
+        if warm >= steps:
             return {MERGE: 1}, []  # what is wrong with the warm start is said by its own rule
         if (steps - warm) % cycles:
             return {}, [_no_whole_cycles(steps, warm, cycles)]
@@ -133,7 +145,7 @@ def _of_method(
                 f"one update at least. Use steps={cycles + 1} or more, or fewer cycles."
             ]
         return {MERGE: length, WARM: steps - cycles * length}, []
-    if not isinstance(every, int) or every < 1:
+    if every is None:
         return {WARM: _rounded(share * steps)}, []
     number = _nearest_leaving((1 - share) * steps / every, (steps - 1) // every)
     if number is None:
@@ -168,8 +180,7 @@ def _between_restarts(raw: dict[str, Any], steps: int) -> int:
     """Updates, at least, between two restarts of the rate; all of them where there is none."""
     every = _get(raw, "schedule.restart_every_steps") or _get(raw, MERGE)
     lengths = list(every.values()) if isinstance(every, dict) else [every]
-    whole = [n for n in lengths if isinstance(n, int) and n > 0]
-    return min(whole, default=steps)
+    return min(filter(None, map(_above_0, lengths)), default=steps)
 
 
 def _rounded(number: Fraction) -> int:
