@@ -359,6 +359,15 @@ def test_tilde_drops_a_key_to_its_default() -> None:
     assert parse_config(TINY, ["~steps", "tokens=1728"]).steps == 12
 
 
+def test_overrides_hold_in_the_order_in_which_they_are_given() -> None:
+    """Also where one lies in another."""
+    section = "optimizer={learning_rate: 1e-3, weight_decay: 0.1}"
+    assert parse_config(TINY, [section, "~optimizer.weight_decay"]).optimizer.weight_decay == 0.0
+    assert parse_config(TINY, ["~optimizer.weight_decay", section]).optimizer.weight_decay == 0.1
+    dropped = parse_config(TINY, ["train.eval_rows=7", "~train", "train={micro_batch_rows: 3}"]).train
+    assert dropped == parse_config(TINY, ["~train", "train={micro_batch_rows: 3}"]).train
+
+
 SHARES = TINY.replace("warm_start_steps: 3, merge_every_steps: 3", "warm_start: 25%, cycles: 3").replace(
     "warmup_steps: 1, restart_warmup_steps: 1", "warmup: 5%, restart_warmup: 10%"
 ).replace("save_every_steps: 2", "save_every: 12.5%")  # fmt: skip

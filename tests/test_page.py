@@ -170,6 +170,22 @@ def other(log: RunLog, learning_rate: float = 0.25) -> Any:
     return log.cfg.optimizer.model_copy(update={"learning_rate": learning_rate})
 
 
+def test_evaluations_of_other_rows_are_told_apart(data: Path, tmp_path: Path) -> None:
+    """How many rows are evaluated may change in a run: the same weights then have another loss."""
+    common = ("train.eval_every_steps=2", "train.eval_rows=40")
+    calm = tiny_config(data, tmp_path, "name=calm", *common)
+    changed = tiny_config(data, tmp_path, "name=changed", *common, "train.stop_after_steps=6")
+    run(calm)
+    run(changed)
+    run(tiny_config(data, tmp_path, "name=changed", "train.eval_every_steps=2", "train.eval_rows=1"))
+    facts = [run_facts(read_log(run_storage(cfg)), cfg.name) for cfg in (calm, changed)]
+    assert [point.step for point, _ in facts[1].evals] == [8, 10, 12]
+    page = contents("two", facts)
+    assert "changed: 5 evaluation(s) of another number of held-out rows are left out." in page.warnings
+    assert any("losses of those that differ cannot be compared" in warning for warning in page.warnings)
+    assert [row.label for row in rank(facts)] in (["calm", "changed"], ["changed", "calm"])
+
+
 def test_odd_runs_break_nothing(log: RunLog) -> None:
     """No attempt, no step, no held-out loss, nothing finite, records of others, a clock that was wrong."""
     attempt = {"kind": "attempt", "step": 0, "world_size": 2, "attempt": "0001.0001-aa"}

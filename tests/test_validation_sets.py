@@ -19,8 +19,10 @@ from relora_ray.runs import metrics
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import check_run
 from relora_ray.runs.tally import read_tally, replay
+from relora_ray.runs.trackers import scalars
 from relora_ray.runtime.preflight import preflight
 from relora_ray.study.ablations import identity
+from relora_ray.study.live import Live
 from relora_ray.study.page.contents import contents
 from relora_ray.study.page.facts import run_facts
 from relora_ray.study.picture import draw_run
@@ -96,6 +98,12 @@ def test_readers_of_evaluations_go_on_with_the_runs_own_rows(named: RunConfig, t
     assert {point.step: loss for point, loss in facts.evals} == own
     assert {point.step: loss for point, loss in facts.named_evals["books"]} == losses_by_step(named, "eval/books")
     assert "loss on books" in [name for chart in contents("run", [facts]).charts for name, _ in chart.variants]
+    assert Live(storage).look().eval_loss == own[12]
+    shown = [scalars(r) for r in records if r["kind"] == "eval"]
+    assert [s["eval/loss"] for s in shown if "eval/loss" in s] == list(own.values())
+    assert [s["eval/books/loss"] for s in shown if "eval/books/loss" in s] == [
+        *losses_by_step(named, "eval/books").values()
+    ]
     # Every evaluation takes its time, and one per step and set counts: also from the log of two attempts that overlap.
     evals = [r for r in records if r["kind"] == "eval"]
     tally = read_tally(storage, read_history(storage).head)

@@ -142,6 +142,9 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
             if "=" in item:
                 raise ConfigError(f"override {item.partition('=')[0]}=... : ~key drops a key, and takes no value.")
             names = [name for name in (item[1:], PARTNERS.get(item[1:])) if name]
+            if any(_overlap(name, other) for name in names for other in settings):
+                _put(raw, settings)
+                settings = {}
             gone = [name for name in names if drop(raw, name) or settings.pop(name, None) is not None]
             if not gone:
                 raise ConfigError(
@@ -150,13 +153,17 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
                 )
             continue
         dotted, value = _read_override(item)
-        outer = [dotted[:at] for at, c in enumerate(dotted) if c == "."]
-        if any(o in settings for o in outer) or any(other.startswith(f"{dotted}.") for other in settings):
+        if any(_overlap(dotted, other) for other in settings):
             _put(raw, settings)  # one lies in the other: in the order in which they were given
             settings = {}
         settings.pop(dotted, None)
         settings[dotted] = value
     _put(raw, settings)
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one lies in the other."""
+    return key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
 def _put(raw: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -218,6 +218,7 @@ def _load(setting: Setting, manifest: Manifest) -> Trained:
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, seed=cfg.seed, architecture=architecture)
     method.adapt(model, manifest.step)
     restore_model(setting.run, manifest, model, method.frozen_names(model))
+    method.refresh(model)
     return Trained(setting.run, cfg, method, model.eval(), manifest, architecture)
 
 

@@ -26,7 +26,7 @@ import yaml
 from relora_ray.config import flatten
 from relora_ray.config.tracking import MlflowConfig, TensorboardConfig, TrackingConfig, WandbConfig
 from relora_ray.errors import ConfigError
-from relora_ray.runs.metrics import Record
+from relora_ray.runs.metrics import Record, series
 from relora_ray.runs.sinks import About, Opener, Sink
 
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
@@ -60,11 +60,12 @@ def check_trackers(cfg: TrackingConfig) -> None:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """`{"kind": "train", "step": 3, "loss": 2.5}` -> `{"train/loss": 2.5}`. What is no finite number is left out."""
+    """`{"kind": "train", "step": 3, "loss": 2.5}` -> `{"train/loss": 2.5}`; of the set `books` of data.validation
+    `eval/books/loss`. What is no finite number is left out."""
     if record["kind"] not in SHOWN:
         return {}
     return {
-        f"{record['kind']}/{name.replace('.', '/')}": float(value)
+        f"{series(record)}/{name.replace('.', '/')}": float(value)
         for name, value in flatten(record).items()
         if isinstance(value, int | float) and name not in NOT_SHOWN and math.isfinite(value)
     }

@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge
 
 from relora_ray.checkpoint import read_history
 from relora_ray.config import RunConfig
-from relora_ray.runs.metrics import Record
+from relora_ray.runs.metrics import Record, series
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.sinks import Opener
 from relora_ray.runs.tally import Tally
@@ -109,7 +109,7 @@ class _Gauges:
 
     def _of(self, record: Record) -> None:
         kind = record["kind"]
-        for key, name in _OF_RECORDS.get(kind, {}).items():
+        for key, name in _OF_RECORDS.get(series(record), {}).items():
             if isinstance(value := record.get(key), int | float):
                 self._set(name, value)
         for role, num_bytes in record.get("state_bytes", {}).items():

@@ -14,7 +14,7 @@ from relora_ray.checkpoint import Manifest, read_history
 from relora_ray.checkpoint.history import History
 from relora_ray.checkpoint.ownership import sign_of_life
 from relora_ray.config import RunConfig
-from relora_ray.runs.metrics import LogTail, Record, attempt_order, latest, mark_abandoned
+from relora_ray.runs.metrics import LogTail, Record, attempt_order, latest, mark_abandoned, series
 from relora_ray.runs.setting import find_setting
 from relora_ray.runs.speed import flops_per_token, peak_of
 from relora_ray.runs.standing import driver_text, is_alive, reached
@@ -227,7 +227,7 @@ def _waits(tally: Tally, attempts: Mapping[str, Sequence[Record]], now: float) -
 
 
 def _sound(records: Sequence[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind and "step" in record]
+    return [record for record in records if series(record) == kind and "step" in record]
 
 
 def _thinned(records: Sequence[Record]) -> list[Record]:

@@ -142,8 +142,11 @@ def _tiles(run: Facts) -> list[tuple[str, str]]:
 def _warnings(runs: Sequence[Facts], drawn: Sequence[Facts], num_detailed: int) -> Iterator[str]:
     if not runs:
         yield "There is no run to show yet."
-    if len({(r.log.cfg.data.fingerprint, r.log.cfg.data.seq_len, r.log.cfg.train.eval_rows) for r in runs}) > 1:
+    if len({run.held_out for run in runs if run.evals}) > 1:
         yield "Not all runs were evaluated on the same held-out rows: losses of those that differ cannot be compared."
+    for run in runs:
+        if run.evals_apart:
+            yield f"{run.label}: {run.evals_apart} evaluation(s) of another number of held-out rows are left out."
     if empty := [run.label for run in runs if not run.train]:
         yield f"No update yet: {_listed(empty)}."
     elif silent := [run.label for run in runs if not run.evals]:

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from relora_ray.runs.metrics import Record, sets_of, structures
 from relora_ray.runs.tally import SECONDS
@@ -85,7 +86,11 @@ class Facts:
     """Of every update that counts."""
     train: Sequence[Record]
     evals: Sequence[tuple[Point, float]]
-    """Held-out losses that are finite, of the run's own rows."""
+    """Held-out losses that are finite, of the run's own rows; of as many as were evaluated last."""
+    evals_apart: int
+    """Evaluations of more or fewer of them: how many is no part of what a run is, and may change."""
+    eval_tokens: Number
+    """Held-out tokens of each of `evals`."""
     named_evals: Mapping[str, Sequence[tuple[Point, float]]]
     """The same of each set of `data.validation`: of the text that it has now, if it was exchanged."""
     marks: Sequence[Mark]
@@ -118,6 +123,12 @@ class Facts:
         return self.evals[-1][1] if self.evals else None
 
     @property
+    def held_out(self) -> tuple[Any, ...]:
+        """What decides on which text its losses are."""
+        data = self.log.cfg.data
+        return data.fingerprint, data.seq_len, self.eval_tokens or self.log.cfg.train.eval_rows
+
+    @property
     def goodput(self) -> Number:
         return self.useful_s / self.passed_s if self.passed_s > 0 else None
 
@@ -130,13 +141,16 @@ def run_facts(log: RunLog, label: str, *, dollars_per_hour: float | None = None)
     where = _Where(log, train, attempts, times, dollars_per_hour)
     last_clock = max((a.end for a in attempts), default=0.0)
     structure = structures(log.kinds)
+    evals = _of_one_text(log.latest("eval"))
     return Facts(
         log=log,
         label=label,
         steps=train[-1]["step"] if train else min((a.from_step for a in attempts), default=0),
         places=[where(record["step"]) for record in train],
         train=train,
-        evals=_evals(log.latest("eval"), where),
+        evals=_evals(evals, where),
+        evals_apart=len(log.latest("eval")) - len(evals),
+        eval_tokens=number(evals[-1], "tokens") if evals else None,
         named_evals={name: _evals(_of_one_text(log.latest(f"eval/{name}")), where) for name in sets_of(log.kinds)},
         marks=sorted(_marks(log, where), key=lambda mark: mark.point.step),
         attempts=attempts,
@@ -247,8 +261,13 @@ def _evals(records: Sequence[Record], where: _Where) -> list[tuple[Point, float]
 
 
 def _of_one_text(records: Sequence[Record]) -> list[Record]:
-    """Those on the text that the last is on: a set that was added later may be exchanged."""
-    return [r for r in records if r.get("data_fingerprint") == records[-1].get("data_fingerprint")]
+    """Those on the text that the last is on: a set that was added later may be exchanged, and so may the number of
+    rows."""
+
+    def text(record: Record) -> tuple[Any, Any]:
+        return record.get("data_fingerprint"), record.get("tokens")
+
+    return [record for record in records if text(record) == text(records[-1])]
 
 
 def _marks(log: RunLog, where: _Where) -> list[Mark]:

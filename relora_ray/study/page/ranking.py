@@ -59,8 +59,7 @@ class Row:
     @property
     def held_out(self) -> tuple[Any, ...]:
         """What decides on which text a loss is taken."""
-        cfg = self.runs[0].log.cfg
-        return cfg.data.fingerprint, cfg.data.seq_len, cfg.train.eval_rows
+        return self.runs[0].held_out
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def rank(runs: Sequence[Facts]) -> list[Row]:
     groups: dict[str, list[Facts]] = {}
     for run in runs:
         settings = {k: v for k, v in run.log.cfg.identity().items() if k != "seed"}
-        settings |= {"train.eval_rows": run.log.cfg.train.eval_rows, "finished": run.finished}
+        settings |= {"held out": run.held_out, "finished": run.finished}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     rows = [Row(sorted(group, key=lambda run: (run.log.cfg.seed, run.label))) for group in groups.values()]
     return sorted(rows, key=lambda row: (not row.finished, math.inf if row.loss is None else row.loss, row.label))
