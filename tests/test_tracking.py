@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from relora_ray.config import RunConfig
+from relora_ray.config.tracking import MlflowConfig
+from relora_ray.runs import trackers
 from relora_ray.runs.metrics import Record
 from relora_ray.runs.sinks import about, listening
 from tests.tiny import Crash, crash_at, run, stored_losses, tiny_config
@@ -102,6 +104,30 @@ def test_mlflow_goes_on_in_one_run_and_later_entries_count(twice: RunConfig) -> 
     assert [entry.step for entry in entries].count(FIRST_DONE) == 2
     entries.sort(key=lambda entry: (entry.step, entry.timestamp))
     assert {entry.step: entry.value for entry in entries} == pytest.approx(stored_losses(twice))
+
+
+def test_batch_of_which_a_part_failed_is_not_doubled(
+    twice: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "MLFLOW_AT_ONCE", 10)
+    monkeypatch.setenv("MLFLOW_ENABLE_TELEMETRY", "false")
+    records = [{"kind": "train", "step": step, "loss": 1.0 / step, "lr": 0.1} for step in range(1, 13)]
+    mlflow = trackers.Mlflow(MlflowConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"), about(twice))
+    send, calls = mlflow._client.log_batch, []
+
+    def log_batch(*args: Any, **more: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("the server restarts")
+        send(*args, **more)
+
+    monkeypatch.setattr(mlflow._client, "log_batch", log_batch)
+    with pytest.raises(ConnectionError):
+        mlflow.add(records)
+    mlflow.add(records)
+    mlflow.add([{"kind": "train", "step": 13, "loss": 0.0, "lr": 0.1}])
+    entries = mlflow._client.get_metric_history(mlflow._id, "train/loss")
+    assert sorted(entry.step for entry in entries) == list(range(1, 14))
 
 
 def test_no_secret_is_written(twice: RunConfig) -> None:

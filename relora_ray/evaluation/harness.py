@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,17 @@ def run_harness(
 
 
 def _digest(include_path: str | None) -> str:
-    """Of the files that say what own tasks are, so that a changed one is another. ConfigError without such a folder."""
+    """Of own tasks' files, data among them, so that a changed one is another. ConfigError without such a folder."""
     if include_path is None:
         return ""
     if not Path(include_path).is_dir():
         raise ConfigError(f"--lm-eval-include={include_path!r} is no folder. Give one with tasks' .yaml files.")
     digest = sha256()
     for path in sorted(Path(include_path).rglob("*")):
-        if path.suffix in (".yaml", ".yml", ".py"):
-            digest.update(path.read_bytes())
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.relative_to(include_path).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

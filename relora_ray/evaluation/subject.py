@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from relora_ray.runs.setting import DATA, Setting, find_setting, is_run
 from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
+"""Endings of a folder's files that say what its model, its tokenizer and its texts' begin and end are."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,10 @@ class Subject:
             return {"checkpoint": self.manifest.path}
         digest = sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            if path.suffix in READ:
                 digest.update(path.name.encode())
                 with path.open("rb") as file:
-                    while block := file.read(2**22):
-                        digest.update(block)
+                    digest.update(file_digest(file, "sha256").digest())
         return {"folder": digest.hexdigest()[:32]}
 
     @cached_property

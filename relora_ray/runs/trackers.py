@@ -189,6 +189,9 @@ class Mlflow:
         self._id = known[0].info.run_id if known else self._create(number, about)
         self._client.update_run(self._id, status="RUNNING")
         self._finished = False
+        self._batch: Sequence[Record] = ()
+        self._num_sent = 0
+        """Of its numbers: a batch of which a part has failed comes again."""
 
     def _create(self, experiment: str, about: About) -> str:
         from mlflow.entities import Param
@@ -208,8 +211,11 @@ class Mlflow:
             self._finished = record["kind"] == "end" or (self._finished and record["kind"] != "attempt")
             if (step := step_of(record)) is not None:
                 metrics += [Metric(name, value, now_ms, step) for name, value in scalars(record).items()]
-        for some in _in_parts(metrics, MLFLOW_AT_ONCE):
+        if records is not self._batch:
+            self._batch, self._num_sent = records, 0
+        for some in _in_parts(metrics[self._num_sent :], MLFLOW_AT_ONCE):
             self._client.log_batch(self._id, metrics=some)
+            self._num_sent += len(some)
 
     def close(self) -> None:
         self._client.set_terminated(self._id, status="FINISHED" if self._finished else "KILLED")

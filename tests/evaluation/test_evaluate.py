@@ -134,6 +134,23 @@ def test_the_same_question_is_answered_from_what_is_stored(place: str, call: Cal
     assert len(read_evaluations(Storage(place))) == 1
 
 
+def test_changed_folder_is_another_model(exported: str, tmp_path: Path) -> None:
+    """Its tokenizer's settings say where a text ends."""
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+
+    def identity() -> dict[str, str]:
+        with open_subject(Storage(str(folder))) as found:
+            return found.identity
+
+    before = identity()
+    (folder / "README.md").write_text("another card")
+    assert identity() == before
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "the"}))
+    assert identity() != before
+
+
 def test_samples_depend_on_seed_and_prompt_only(place: str, exported: str, call: Call) -> None:
     def texts(*args: str) -> list[str]:
         code, out, _ = call(*args, "--max-new-tokens", "6")
