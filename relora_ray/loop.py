@@ -218,9 +218,12 @@ def train(
             loss, grad_norm, notes = update.loss, update.grad_norm, update.notes
             counters = _count(cfg, state.position.counters, loss if update.applied else math.nan, done)
         state.position = replace(state.position, step=done, counters=counters)
-        timer.add(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if step not in skip:  # nothing is done there: it says nothing of how long an update takes
+            timer.add(seconds)
 
-        emit(notes | _train_record(cfg, state, loss, grad_norm, learning_rate, timer))
+        took = {"step_s": seconds} if step in skip else {}
+        emit(notes | _train_record(cfg, state, loss, grad_norm, learning_rate, timer) | took)
         _emit_saved(emit, checkpointer.poll())
         _end_if_diverged(cfg, world, method, checkpointer, counters, done)
 
@@ -611,7 +614,7 @@ def _train_record(
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "tokens": done * cfg.tokens_per_step,
-        "tokens_per_s": cfg.tokens_per_step / timer.step_s,
+        "tokens_per_s": cfg.tokens_per_step / timer.step_s if timer.step_s else 0.0,
         "step_s": timer.step_s,
         "left_s": (cfg.last_step - done) * timer.step_s,
         "cycle": state.position.counters.merges,

@@ -359,6 +359,15 @@ def test_tilde_drops_a_key_to_its_default() -> None:
     assert parse_config(TINY, ["~steps", "tokens=1728"]).steps == 12
 
 
+def test_alias_is_a_value_of_its_own() -> None:
+    shared = TINY.replace("storage: runs", "storage: runs\nstorage_options: &s3 {endpoint_url: http://one}")
+    shared = shared.replace("data: {path: data,", "data: {path: data, storage_options: *s3,")
+    cfg = parse_config(shared, ["storage_options.endpoint_url=http://two"])
+    assert cfg.data.storage_options == {"endpoint_url": "http://one"}
+    assert cfg.storage_options == {"endpoint_url": "http://two"}
+    assert parse_config(shared, ["~storage_options"]).data.storage_options == {"endpoint_url": "http://one"}
+
+
 def test_overrides_hold_in_the_order_in_which_they_are_given() -> None:
     """Also where one lies in another."""
     section = "optimizer={learning_rate: 1e-3, weight_decay: 0.1}"

@@ -82,6 +82,14 @@ def test_skipped_step_leaves_weights_and_shifts_nothing(cfg: RunConfig) -> None:
     assert float(state.optimizer.state[embedding]["step"]) == 10
 
 
+def test_updates_that_are_not_made_say_nothing_of_speed(data: Path, tmp_path: Path) -> None:
+    steps = ",".join(map(str, range(1, 10)))
+    _, records = run(tiny_config(data, tmp_path, f"train.skip_steps=[{steps}]"))
+    taken = {r["step"]: r["step_s"] for r in records if r["kind"] == "train"}
+    assert max(taken[step] for step in range(2, 11)) < taken[12] / 5
+    assert taken[11] > taken[1] / 5
+
+
 def test_steps_named_in_the_config_are_passed_over(data: Path, tmp_path: Path) -> None:
     plain, records = run(tiny_config(data, tmp_path, "name=plain"))
     state, skipping = run(tiny_config(data, tmp_path, "train.skip_steps=[5]"))

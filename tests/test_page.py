@@ -17,6 +17,7 @@ import pytest
 
 from relora_ray import masking
 from relora_ray.checkpoint import Rollback
+from relora_ray.checkpoint.history import Origin
 from relora_ray.commands import report
 from relora_ray.config import RunConfig
 from relora_ray.runs import metrics
@@ -184,6 +185,22 @@ def test_evaluations_of_other_rows_are_told_apart(data: Path, tmp_path: Path) ->
     assert "changed: 5 evaluation(s) of another number of held-out rows are left out." in page.warnings
     assert any("losses of those that differ cannot be compared" in warning for warning in page.warnings)
     assert [row.label for row in rank(facts)] in (["calm", "changed"], ["changed", "calm"])
+
+
+def test_runs_that_begin_elsewhere_are_rows_of_their_own(data: Path, tmp_path: Path) -> None:
+    """The page's rows hold runs that differ in the seed alone."""
+    plain = {"method": {"kind": "full"}, "schedule": {"kind": "cosine"}}
+    for name in ("one", "two"):
+        run(tiny_config(data, tmp_path, f"name={name}", "steps=3", **plain))
+    found = []
+    for name, begins in {"scratch": [], **{n: [f"model.init_from={tmp_path}/{n}"] for n in ("one", "two")}}.items():
+        cfg = tiny_config(data, tmp_path, f"name=from-{name}", "steps=3", *begins, **plain)
+        run(cfg)
+        found.append(run_facts(read_log(run_storage(cfg)), name))
+    assert len(rank(found)) == 3
+    origins = [Origin(parent="parent", step=step) for step in (3, 6)]
+    forks = [dataclasses.replace(found[0], log=dataclasses.replace(found[0].log, origin=o)) for o in (None, *origins)]
+    assert len(rank(forks)) == 3
 
 
 def test_odd_runs_break_nothing(log: RunLog) -> None:

@@ -19,7 +19,13 @@ from relora_ray.modeling.schedule import lr_multiplier
 from relora_ray.runs.divergence import begin_cycle, observe
 from relora_ray.runs.metrics import read
 from relora_ray.runs.places import run_storage
-from relora_ray.runs.rollback import _abandons, read_rollbacks, roll_back
+from relora_ray.runs.rollback import (
+    _abandons,
+    checkpoint_step,
+    read_rollbacks,
+    roll_back,
+)
+from relora_ray.runs.run import load_trained
 from relora_ray.storage import Storage
 from tests.tiny import Crash, crash_at, losses, run, state_digest, tiny_config
 
@@ -56,6 +62,8 @@ def test_diverged_run_goes_back_to_the_boundary_and_passes_over_the_rows(
         run(cfg)
     storage = run_storage(cfg)
     assert list_manifests(storage)[-1] > 15, "what lies behind is still there"
+    assert load_trained(storage).manifest.step == 15, "and taken by nobody"
+    assert checkpoint_step(storage) == 15
     state, records = run(cfg)
     assert next(r["step"] for r in records if r["kind"] == "attempt") == 15
     assert state.position.counters.skipped_steps == 5

@@ -29,7 +29,7 @@ from relora_ray.runs.setting import Setting, check_run, open_data
 from relora_ray.runs.trial import shortest_names, try_architecture
 from relora_ray.runtime.preflight import preflight
 from tests.architectures import INCOMPLETE
-from tests.tiny import run, tiny_config
+from tests.tiny import Crash, crash_at, run, state_digest, tiny_config
 
 CASES: dict[str, dict[str, Any]] = {
     "jamba": {
@@ -325,6 +325,20 @@ def test_rwkv_is_not_rescaled_while_it_is_trained(data: Path, tmp_path: Path) ->
         exported = json.loads((folder / "tiny/model/config.json").read_text())
         assert exported["rescale_every"] == every
     assert losses[0] == losses[1]
+
+
+def test_rwkv_goes_on_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    """Its key and value are named like others' that have one input, and have two."""
+    config = {"model_type": "rwkv", "vocab_size": 2048, "context_length": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    model = {"huggingface": str(tmp_path)}
+    whole, broken = (
+        preflight(tiny_config(data, tmp_path, f"name={name}", "method.lora_rank=8", model=model))
+        for name in ("whole", "broken")
+    )
+    with pytest.raises(Crash):
+        run(broken, crash_at(8, "train"))
+    assert state_digest(run(broken)[0]) == state_digest(run(whole)[0])
 
 
 def test_model_that_changes_itself_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,9 +231,11 @@ def existing_step(storage: Storage, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def best_step(storage: Storage) -> int:
-    """Of the checkpoint with the lowest held-out loss. CheckpointError if none was evaluated."""
-    best = best_of(read_history(storage).read_line()[0])
+def best_step(storage: Storage, until: int | None = None) -> int:
+    """Of the checkpoint with the lowest held-out loss, after `until` updates at most. CheckpointError if none was
+    evaluated."""
+    line, _ = read_history(storage).read_line()
+    best = best_of([manifest for manifest in line if until is None or manifest.step <= until])
     if best is None:
         raise CheckpointError(
             f"{storage.url} has no checkpoint whose held-out loss is known: no evaluation fell on one that is kept, or "

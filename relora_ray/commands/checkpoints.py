@@ -31,7 +31,6 @@ from relora_ray.checkpoint import (
     Manifest,
     Rollback,
     Setup,
-    existing_step,
     list_manifests,
     read_history,
     read_manifest,
@@ -54,7 +53,7 @@ from relora_ray.config import CheckpointConfig, RunConfig
 from relora_ray.config.file import check
 from relora_ray.errors import CheckpointError, ConfigError, DamagedError, StorageError
 from relora_ray.runs.metrics import size_text
-from relora_ray.runs.rollback import where_to_go_on
+from relora_ray.runs.rollback import checkpoint_step, where_to_go_on
 from relora_ray.runs.setting import (
     CONFIG,
     COPYING,
@@ -444,7 +443,7 @@ def _step(path: str) -> int:
 
 def _existing(run: Storage, step: int | None) -> int:
     read_config(run)
-    return existing_step(run, step)
+    return checkpoint_step(run, step)
 
 
 def _role(name: str) -> str:

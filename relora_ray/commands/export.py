@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from relora_ray import cli
-from relora_ray.checkpoint import best_step, existing_step
 from relora_ray.cli import at_least_0, command, place
 from relora_ray.errors import ConfigError
 from relora_ray.hub import HUB_NAME
+from relora_ray.runs.rollback import best_checkpoint_step, checkpoint_step
 from relora_ray.runs.setting import ADAPTER, BASE, find_setting
 from relora_ray.storage import Storage, add_options_argument, parse_options
 
@@ -61,7 +61,7 @@ def _refuse_without_adapter(run: Storage, step: int | None) -> None:
     from relora_ray.methods.base import build_method
 
     cfg = find_setting(run).config()
-    if why := build_method(cfg).why_no_adapter(existing_step(run, step)):
+    if why := build_method(cfg).why_no_adapter(checkpoint_step(run, step)):
         raise ConfigError(
             f"{run.url} cannot be exported as an adapter: method.kind={cfg.method.kind} {why}. Export it without "
             f"--adapter."
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     step = export(
         run,
         out,
-        step=best_step(run) if args.best else args.step,
+        step=best_checkpoint_step(run) if args.best else args.step,
         dtype=getattr(torch, args.dtype),
         max_shard_size=args.max_shard_size,
         base_name=(args.base_model or BASE) if args.adapter else "",

@@ -62,9 +62,17 @@ def parse_mapping(text: str, overrides: list[str] | None = None, *, source: str 
         raise ConfigError(
             f"{source} refers to itself, by an anchor (&) within what it names, or is nested too deep."
         ) from None
+    raw = _unshared(raw)
     apply_overrides(raw, overrides or [])
     # A section whose lines are all commented out is null in YAML: it has its defaults.
     return {str(name): value for name, value in raw.items() if value is not None or not _is_section(str(name))}
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which what an alias (*) names a second time is of its own: an override is of one key."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def check(raw: dict[str, Any]) -> RunConfig:

@@ -58,6 +58,11 @@ class MethodConfig(Section):
         return []
 
     @property
+    def zeroes_moments(self) -> bool:
+        """Whether boundaries set to zero all that the optimizer keeps of what the method draws anew there."""
+        return True
+
+    @property
     def begins_anew_after_warm_start(self) -> bool:
         """Whether the learning rate after the warm start is that of a run of its own."""
         return False

@@ -17,13 +17,14 @@ import torch
 import transformers
 from torch import nn
 
-from relora_ray.checkpoint import Manifest, best_step, existing_step, read_manifest
+from relora_ray.checkpoint import Manifest, read_manifest
 from relora_ray.config import RunConfig
 from relora_ray.data.tokenizer import template_begin_ids
 from relora_ray.errors import ConfigError, DataError, first_words
 from relora_ray.modeling.architecture import in_training, position_limit
 from relora_ray.modeling.model import embedding_rows
 from relora_ray.runs.evaluations import FOLDER
+from relora_ray.runs.rollback import best_checkpoint_step, checkpoint_step
 from relora_ray.runs.run import Trained, export_model, load_trained
 from relora_ray.runs.setting import DATA, Setting, find_setting, is_run
 from relora_ray.storage import Storage
@@ -64,7 +65,7 @@ class Subject:
     def manifest(self) -> Manifest | None:
         if self.setting is None:
             return None
-        return read_manifest(self.place, existing_step(self.place, self._step))
+        return read_manifest(self.place, checkpoint_step(self.place, self._step))
 
     @property
     def step(self) -> int | None:
@@ -182,7 +183,7 @@ def open_subject(place: Storage, step: int | None = None, *, best: bool = False)
     it is neither a run nor a Hugging Face folder, CheckpointError if there is no such checkpoint."""
     with tempfile.TemporaryDirectory(prefix="relora-ray-evaluate-") as scratch:
         if is_run(place):
-            step = best_step(place) if best else step
+            step = best_checkpoint_step(place) if best else step
             subject = Subject(place, Path(scratch), step, find_setting(place))
             assert subject.manifest is not None  # CheckpointError if there is none
         elif place.exists("config.json"):

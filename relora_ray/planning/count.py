@@ -126,7 +126,8 @@ def _phase(cfg: RunConfig, step: int, steps: int, name: str) -> Phase:
         adapters += parameter.nbytes * added
     frozen = method.frozen_names(model)
     base, delta = split_state(model, optimizer, frozen)
-    fresh = tuple(f"optimizer.{name}." for name in method.fresh_names(model))
+    drawn = method.fresh_names(model) if cfg.method.zeroes_moments else ()
+    fresh = tuple(f"optimizer.{name}." for name in drawn)
     return Phase(
         cfg=cfg,
         name=name,

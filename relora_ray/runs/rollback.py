@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from relora_ray.checkpoint import History, Manifest, Rollback, read_history
+from relora_ray.checkpoint import History, Manifest, Rollback, best_step, existing_step, read_history
 from relora_ray.checkpoint.commit import ROLLBACKS
 from relora_ray.checkpoint.manifest import MAX_BYTES, Counters
 from relora_ray.checkpoint.ownership import AttemptKey, attempt_key
@@ -67,6 +67,22 @@ def where_to_go_on(
     history = read_history(storage, at_least=at_least)
     rollbacks = read_rollbacks(storage, history)
     return _before_going_back(history, rollbacks), rollbacks, history.unreadable
+
+
+def checkpoint_step(storage: Storage, step: int | None = None) -> int:
+    """`step`, or that of the checkpoint that the run would go on from: one that it has gone back from is newer until
+    the next is stored. CheckpointError and DamagedError as `existing_step` raises them."""
+    newest = existing_step(storage, step)
+    if step is not None:
+        return newest
+    history = read_history(storage)
+    before = _before_going_back(history, read_rollbacks(storage, history))
+    return dict(zip(history.line, history.steps, strict=True))[before[-1]] if before else newest
+
+
+def best_checkpoint_step(storage: Storage) -> int:
+    """As `best_step`, of those that the run has not gone back from."""
+    return best_step(storage, checkpoint_step(storage))
 
 
 def _before_going_back(history: History, rollbacks: Sequence[Rollback]) -> list[str]:

@@ -19,7 +19,6 @@ from torch import nn
 
 from relora_ray.checkpoint import (
     Manifest,
-    existing_step,
     read_history,
     read_manifest,
 )
@@ -55,6 +54,7 @@ from relora_ray.modeling.weights import (
     tied_names,
 )
 from relora_ray.runs.places import data_storage, options_for
+from relora_ray.runs.rollback import checkpoint_step
 from relora_ray.runs.setting import (
     DATA,
     Setting,
@@ -110,7 +110,7 @@ def check_init_from(cfg: RunConfig, shell: nn.Module) -> None:
             check_tied_values(shell, read_reference(place), what)
     elif kind == "run":
         setting = find_setting(Storage(place, options_for(place, cfg)))
-        existing_step(setting.run, step)
+        checkpoint_step(setting.run, step)
         theirs = setting.config()
         if not theirs.method.exports:
             raise ConfigError(
@@ -201,7 +201,7 @@ def load_trained(storage: Storage, step: int | None = None) -> Trained:
     """
     setting = find_setting(storage)
     while True:
-        manifest = read_manifest(storage, existing_step(storage, step))
+        manifest = read_manifest(storage, checkpoint_step(storage, step))
         try:
             return _load(setting, manifest)
         except DamagedError:

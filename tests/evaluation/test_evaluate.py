@@ -93,7 +93,7 @@ def test_loss_is_that_of_the_runs_own_evaluations(trained: RunConfig, place: str
 
 def test_best_is_taken_on_demand(place: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which one that is: tests of the export."""
-    monkeypatch.setattr(subject, "best_step", lambda storage: 4 if storage.url == place else None)
+    monkeypatch.setattr(subject, "best_checkpoint_step", lambda storage: 4 if storage.url == place else None)
     assert "after step 4\n" in call(place, "--best")[1]
 
 

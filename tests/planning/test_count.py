@@ -71,6 +71,14 @@ def test_bytes_are_those_of_a_run(kind: str, data: Path, tmp_path: Path) -> None
     assert read_history(run_storage(cfg)).head.delta.size_bytes == stored[-1]["delta_bytes"]
 
 
+@pytest.mark.parametrize("reset", ["none", "magnitude"])
+def test_delta_after_a_boundary_has_what_its_reset_leaves(reset: str, data: Path, tmp_path: Path) -> None:
+    cfg = config("relora", data, tmp_path, f"method.reset.kind={reset}")
+    _, records = run(cfg)
+    stored = next(r for r in records if r["kind"] == "checkpoint" and r["step"] == 9)
+    assert phases(cfg)[-1].delta_after_reset_bytes == pytest.approx(stored["delta_bytes"], rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def group() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -93,6 +93,11 @@ class ReloraConfig(LoraConfig):
     """Updates in a cycle, counted from the end of the warm start. Cycles may change their length where one begins:
     `{0: 1000, 5000: 2000}`; the learning rate then restarts at every merge."""
     reset: ResetConfig = ResetConfig()
+
+    @property
+    def zeroes_moments(self) -> bool:
+        return self.reset.kind == "zero" and not self.compat
+
     compat: Literal["", "reference"] = ""
     """reference: the arithmetic of the published code (Guitaricet/relora at 176f376) where it differs. A and B both
     start at zero; merges fall one update later, so that none follows the last cycle; a reset only where the learning

@@ -262,7 +262,10 @@ class Together:
                 self._input = None
             return y
         if self._left:
-            logger.info("layers that were computed together have different inputs: each computes alone from now on")
+            logger.warning(
+                "layers that were computed together have different inputs: each computes alone from now on. The first "
+                "update after a restart may differ in its last bits from that of a run that goes on."
+            )
             self.forget()
             for each in self.layers:
                 each.together = None
@@ -400,8 +403,9 @@ def wrap_(model: nn.Module, cfg: LoraConfig, step: int = 0) -> list[str]:
         layer = LowRankLinear(cast(nn.Linear, model.get_submodule(paths[0])), cfg, step)
         put_(model, paths, layer)
         parents.setdefault(paths[0].rpartition(".")[0], {})[paths[0].rpartition(".")[2]] = layer
-    for siblings in parents.values():
-        _put_together(siblings)
+    for path, siblings in parents.items():
+        if not _mixes(model.get_submodule(path)):
+            _put_together(siblings)
     for path in targets.stacks:
         parent, _, name = path.rpartition(".")
         module = model.get_submodule(parent)
@@ -409,6 +413,11 @@ def wrap_(model: nn.Module, cfg: LoraConfig, step: int = 0) -> list[str]:
         setattr(module, name, stack.weight)
         parametrize.register_parametrization(module, name, stack, unsafe=True)
     return [paths[0] for paths in targets.linears] + targets.stacks
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether it gives each of its projections an input of its own, as RWKV's, which mix the last token's in."""
+    return any(name.startswith("time_mix") for name, _ in module.named_parameters(recurse=False))
 
 
 def _put_together(siblings: dict[str, LowRankLinear]) -> None:

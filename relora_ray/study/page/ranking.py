@@ -90,7 +90,12 @@ def rank(runs: Sequence[Facts]) -> list[Row]:
     groups: dict[str, list[Facts]] = {}
     for run in runs:
         settings = {k: v for k, v in run.log.cfg.identity().items() if k != "seed"}
-        settings |= {"held out": run.held_out, "finished": run.finished}
+        origin = run.log.origin
+        begins_with = {  # no part of a run's identity, as places move about
+            "model.init_from": run.log.cfg.model.init_from,
+            "fork": None if origin is None else [origin.parent, origin.step],
+        }
+        settings |= begins_with | {"held out": run.held_out, "finished": run.finished}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     rows = [Row(sorted(group, key=lambda run: (run.log.cfg.seed, run.label))) for group in groups.values()]
     return sorted(rows, key=lambda row: (not row.finished, math.inf if row.loss is None else row.loss, row.label))
