@@ -116,6 +116,7 @@ def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
         (["~method.alhpa"], ["override ~method.alhpa drops nothing", "Did you mean 'method.alpha'?"]),
         (["~method.alpha=2"], ["~key drops a key, and takes no value"]),
         (["~steps"], ["steps is missing: it has no default"]),
+        (["storage=my runs #1"], ["override storage=...: YAML takes what follows a blank and # for a comment."]),
         (["method.warm_start=0.25"], ["method.warm_start=0.25 is no share: write method.warm_start: 25%."]),
         (["method.warm_start=3"], ["A number of updates is method.warm_start_steps=3."]),
         (["method.warm_start=100%"], ["method.warm_start='100%' is no share", "above 0 and below 100"]),

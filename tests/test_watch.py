@@ -101,6 +101,18 @@ def test_table_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str], mon
     assert re.search(r"no driver +7/12", rows[1])
 
 
+def test_files_beside_runs_are_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a sweep's folder has them."""
+    notes = folder / "README.md"
+    notes.write_text("notes")
+    try:
+        text = shown(capsys, str(folder))
+    finally:
+        notes.unlink()
+    assert "done" in text
+    assert "README" not in text
+
+
 def test_run_that_cannot_be_read_is_a_row_and_others_are_shown(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,10 @@ def _read_override(item: str) -> tuple[str, Any]:
         raise ConfigError(f"override {item!r} is not of the form key=value, for example steps=300.")
     if not value.strip():
         raise ConfigError(f"override {dotted}= has no value. Give one, or ~{dotted} for its default.")
+    if re.search(r"\s#", value) and value.strip()[0] not in "'\"":
+        raise ConfigError(
+            f"override {dotted}=...: YAML takes what follows a blank and # for a comment. Put it in quotes."
+        )
     try:
         return dotted, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
