@@ -6,7 +6,6 @@ relora-ray report RUN [RUN ...] [--html FILE] [--picture FILE]
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +137,7 @@ def _number(value: float | None, width: int, digits: int) -> str:
 
 def _best(evals: Sequence[Record]) -> Record | None:
     """The lowest loss, the first of equal ones, of the evaluations on as much text as the last."""
-    same = [e for e in evals if e["loss"] is not None and e.get("tokens") == evals[-1].get("tokens")]
+    same = [e for e in metrics.of_one_text(evals) if e["loss"] is not None]
     return min(same, key=lambda e: (e["loss"], e["step"]), default=None)
 
 
@@ -173,8 +172,6 @@ class Found:
 
     def _log(self, place: Storage) -> RunLog | None:
         """None if it is no run, or one that cannot be read."""
-        if place.is_local and not os.path.isdir(place.url):
-            return None
         try:
             return read_log(place) if is_run(place) else None
         except ReloraError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -79,9 +78,7 @@ class Watch:
     def _find(self) -> None:
         self._looked = time.monotonic()
         for name in self.storage.folders(""):
-            child = self.storage.child(name)
-            is_file = child.is_local and not os.path.isdir(child.url)  # a sweep's page, somebody's notes
-            if name not in self._lives and not is_file and self._is_run(child):
+            if name not in self._lives and self._is_run(child := self.storage.child(name)):
                 self._add(name, child)
 
     def _add(self, name: str, storage: Storage) -> None:

@@ -197,7 +197,7 @@ def problems_of(method: MethodConfig, cfg: RunConfig) -> list[str]:
     """What it says is wrong; that it could not be asked, if its package fails."""
     try:
         return method.problems(cfg)
-    except Exception as error:
+    except Exception as error:  # of somebody else's package, which is named with what it raised
         if method.kind in BUILT_IN:
             raise
         return [f"method.kind={method.kind!r}: {type(method).__module__} could not check the config: {error!r}"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from hashlib import file_digest, sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from relora_ray.errors import ConfigError, ReloraError, RunFailedError, first_words
-from relora_ray.evaluation.subject import Subject
+from relora_ray.evaluation.subject import Subject, digest_of
 from relora_ray.runs.evaluations import Evaluation, find_evaluation, new_record, path_of, put_evaluation
 from relora_ray.storage import Storage
 
@@ -69,13 +68,8 @@ def _digest(include_path: str | None) -> str:
         return ""
     if not Path(include_path).is_dir():
         raise ConfigError(f"--lm-eval-include={include_path!r} is no folder. Give one with tasks' .yaml files.")
-    digest = sha256()
-    for path in sorted(Path(include_path).rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(path.relative_to(include_path).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
+    files = (path for path in Path(include_path).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return digest_of(Path(include_path), files)[:12]
 
 
 def request(

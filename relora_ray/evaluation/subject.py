@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +33,16 @@ logger = logging.getLogger(__name__)
 
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of a folder's files that say what its model, its tokenizer and its texts' begin and end are."""
+
+
+def digest_of(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of these files of a folder, by their names in it and what they hold."""
+    digest = sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -76,13 +86,8 @@ class Subject:
         """What tells this model from all others: the checkpoint's record, or the SHA-256 of the folder's files."""
         if self.manifest is not None:
             return {"checkpoint": self.manifest.path}
-        digest = sha256()
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in READ:
-                digest.update(path.name.encode())
-                with path.open("rb") as file:
-                    digest.update(file_digest(file, "sha256").digest())
-        return {"folder": digest.hexdigest()[:32]}
+        files = (path for path in self.folder.iterdir() if path.suffix in READ)
+        return {"folder": digest_of(self.folder, files)[:32]}
 
     @cached_property
     def trained(self) -> Trained:

@@ -102,7 +102,7 @@ def _run(cfg: RunConfig, method: Method, model: nn.Module, rows: int) -> Pass:
             seen.watch = watch
             try:
                 method.update(_FakeUpdate(model, optimizer, 0, seed=0, backward=seen.backward))
-            except Exception as error:
+            except Exception as error:  # of somebody's update, which may ask for values: it is left out, and said so
                 if not seen.num_passes:  # the pass itself failed
                     raise
                 logger.info("%s.update cannot be run without values: %s", type(method).__name__, first_words(error))
@@ -274,7 +274,7 @@ def _tiny_has_plain_head(config: str) -> bool:
             tiny: nn.Module = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32)
             loss = TokenLoss(tiny, _Train())  # type: ignore[arg-type]
             return loss._head_is_plain is not False and loss._has_plain_head(torch.zeros(1, 8, dtype=torch.long))
-    except Exception:
+    except Exception:  # whatever a class of transformers raises of a tiny form: there is none
         return True
 
 

@@ -182,6 +182,16 @@ def series(record: Record) -> str:
     return f"eval/{name}" if record["kind"] == "eval" and isinstance(name, str) and name else str(record["kind"])
 
 
+def of_one_text(evals: Sequence[Record]) -> list[Record]:
+    """Those on the text that the last is on, whose losses alone compare with its: a set that was added later may be
+    exchanged, and so may the number of rows."""
+
+    def text(record: Record) -> tuple[Any, Any]:
+        return record.get("data_fingerprint"), record.get("tokens")
+
+    return [record for record in evals if text(record) == text(evals[-1])]
+
+
 def sets_of(kinds: Iterable[str]) -> list[str]:
     """The names of the sets among `read_kinds`' keys."""
     return sorted(kind.removeprefix("eval/") for kind in kinds if kind.startswith("eval/"))

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from relora_ray.checkpoint import History, Manifest, Rollback, best_step, existing_step, read_history
 from relora_ray.checkpoint.commit import ROLLBACKS
-from relora_ray.checkpoint.manifest import MAX_BYTES, Counters
+from relora_ray.checkpoint.manifest import MAX_BYTES, Counters, key_of
 from relora_ray.checkpoint.ownership import AttemptKey, attempt_key
 from relora_ray.config import RunConfig
 from relora_ray.errors import CheckpointError, DamagedError, DivergedError
@@ -72,12 +72,11 @@ def where_to_go_on(
 def checkpoint_step(storage: Storage, step: int | None = None) -> int:
     """`step`, or that of the checkpoint that the run would go on from: one that it has gone back from is newer until
     the next is stored. CheckpointError and DamagedError as `existing_step` raises them."""
-    newest = existing_step(storage, step)
-    if step is not None:
-        return newest
-    history = read_history(storage)
-    before = _before_going_back(history, read_rollbacks(storage, history))
-    return dict(zip(history.line, history.steps, strict=True))[before[-1]] if before else newest
+    if step is None:
+        paths, _, _ = where_to_go_on(storage)
+        if paths and (key := key_of(paths[-1])):
+            return key[1]
+    return existing_step(storage, step)
 
 
 def best_checkpoint_step(storage: Storage) -> int:

@@ -354,6 +354,8 @@ def _term_number(path: str) -> int:
 
 
 def is_run(storage: Storage) -> bool:
+    if storage.is_local and not os.path.isdir(storage.url):  # nothing there, or a file beside runs
+        return False
     try:
         find_setting(storage)
     except ConfigError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from relora_ray.runs.metrics import Record, sets_of, structures
+from relora_ray.runs.metrics import Record, of_one_text, sets_of, structures
 from relora_ray.runs.tally import SECONDS
 from relora_ray.study.run_log import RunLog, number
 
@@ -141,7 +141,7 @@ def run_facts(log: RunLog, label: str, *, dollars_per_hour: float | None = None)
     where = _Where(log, train, attempts, times, dollars_per_hour)
     last_clock = max((a.end for a in attempts), default=0.0)
     structure = structures(log.kinds)
-    evals = _of_one_text(log.latest("eval"))
+    evals = of_one_text(log.latest("eval"))
     return Facts(
         log=log,
         label=label,
@@ -151,7 +151,7 @@ def run_facts(log: RunLog, label: str, *, dollars_per_hour: float | None = None)
         evals=_evals(evals, where),
         evals_apart=len(log.latest("eval")) - len(evals),
         eval_tokens=number(evals[-1], "tokens") if evals else None,
-        named_evals={name: _evals(_of_one_text(log.latest(f"eval/{name}")), where) for name in sets_of(log.kinds)},
+        named_evals={name: _evals(of_one_text(log.latest(f"eval/{name}")), where) for name in sets_of(log.kinds)},
         marks=sorted(_marks(log, where), key=lambda mark: mark.point.step),
         attempts=attempts,
         interruptions=list(_interruptions(log, attempts)),
@@ -258,16 +258,6 @@ class _Where:
 
 def _evals(records: Sequence[Record], where: _Where) -> list[tuple[Point, float]]:
     return [(where(record["step"]), loss) for record in records if (loss := number(record, "loss")) is not None]
-
-
-def _of_one_text(records: Sequence[Record]) -> list[Record]:
-    """Those on the text that the last is on: a set that was added later may be exchanged, and so may the number of
-    rows."""
-
-    def text(record: Record) -> tuple[Any, Any]:
-        return record.get("data_fingerprint"), record.get("tokens")
-
-    return [record for record in records if text(record) == text(records[-1])]
 
 
 def _marks(log: RunLog, where: _Where) -> list[Mark]:
