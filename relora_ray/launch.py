@@ -176,17 +176,20 @@ def _prepare_sweep(args: argparse.Namespace, at_the_end: ExitStack) -> Prepared:
     progress = SweepProgress(sweep, sys.stdout, says_waits=not args.dry_run)
     at_the_end.callback(progress.close)
     progress.waits_for("Ray and torch are imported")
+    at = server.begin()
+    is_own = own_ray.is_wanted() and not args.dry_run
+    ray_here = at_the_end.enter_context(own_ray.OwnRay.to_train(sweep.cluster)) if is_own else None
     from relora_ray.runtime.sweep import check_sweep, first_run, run_sweep
     from relora_ray.study.plots import pyplot
     from relora_ray.sweep.report import page, write_up
 
     pyplot()
     progress.waits_for("configs, models, data and storage are checked")
-    sweep, folder = check_sweep(sweep)
+    sweep, folder = check_sweep(sweep, at)
 
     def train() -> int:
         try:
-            points = run_sweep(sweep, on_event=progress)
+            points = run_sweep(sweep, on_event=progress, own_ray=ray_here, server=at if is_own else "")
         finally:
             progress.close()
         write_up(sweep, points, folder)

@@ -103,7 +103,8 @@ class FaultyProxy:
     def __post_init__(self) -> None:
         self._server = _Threads(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # `shutdown` waits for the next poll, which is 0.5 s away by default: 75 s in all tests that have a proxy.
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def add(self, kind: Kind, method: str, match: str = "", times: float = 1) -> Fault:
         self.faults.append(Fault(kind, method, match, times))

@@ -171,7 +171,7 @@ def test_sweep_is_drawn(tab: Tab, tmp_path: Path) -> None:
 @contextmanager
 def served(pages: dict[str, Page]) -> Iterator[str]:
     with Server(pages) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield server.url

@@ -346,7 +346,7 @@ def test_terminal_is_drawn_in_place_until_ctrl_c(folder: Path) -> None:
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
     with Server(pages(Watch(Storage(str(folder))), 0.2)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()

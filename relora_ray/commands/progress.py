@@ -196,7 +196,7 @@ class SweepProgress:
         self._start.close()
 
     def __call__(self, run: str, event: dict[str, Any]) -> None:
-        if not run and event.get("kind") == "waiting":
+        if not run and event.get("kind") in ("waiting", "log"):
             self._start(event)
             return
         self._start.close()

@@ -17,6 +17,7 @@ from relora_ray.checkpoint import Checkpointer, Rollback, list_manifests
 from relora_ray.checkpoint.history import FORK, pin, pin_base_only
 from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
+from relora_ray.config.file import parse_config, to_yaml
 from relora_ray.errors import ConfigError
 from relora_ray.methods.base import build_method
 from relora_ray.modeling.parallel import World
@@ -24,6 +25,11 @@ from relora_ray.runs.forkable import may_differ
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import begin, check_run, find_setting
 from relora_ray.runs.state import build_state, identity_digest
+
+
+def fork_yaml(config: str, parent: str, step: int) -> str:
+    """`fork`, from a config's YAML to a config's."""
+    return to_yaml(fork(parse_config(config), parent, step))
 
 
 def fork(cfg: RunConfig, parent: str, step: int) -> RunConfig:

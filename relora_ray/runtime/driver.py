@@ -33,7 +33,7 @@ from relora_ray.runtime.coordinator import CoordinatorActor
 from relora_ray.runtime.gauges import gauges
 from relora_ray.runtime.messages import Event, log_event, waiting_event
 from relora_ray.runtime.own_ray import OwnRay, in_short
-from relora_ray.runtime.stopping import storing_at_a_signal
+from relora_ray.runtime.stopping import store, storing_at_a_signal, what_is_stored
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,21 @@ START_S = 300.0
 
 
 def run(
-    cfg: rc.RunConfig, *, on_event: OnEvent, wait: bool = False, own_ray: OwnRay | None = None, server: str = ""
+    cfg: rc.RunConfig,
+    *,
+    on_event: OnEvent,
+    wait: bool = False,
+    own_ray: OwnRay | None = None,
+    server: str = "",
+    on_coordinator: Callable[[Any], None] = lambda coordinator: None,
 ) -> None:
     """Train `cfg` to its end on the running Ray, or on a local one started for it. Raises ReloraError, among them
     RunBusyError before anything is written, unless it is to `wait` for the other driver's end, and StoppedError after
     a signal, when the state is stored; KeyboardInterrupt after SIGINT if there is nothing to store.
 
     `cfg`: as `preflight` returned it. `own_ray`: the local one, if it has been begun to start. `server`: the address of
-    one that forks processes on this machine, for a local Ray's workers; see server.py."""
+    one that forks processes on this machine, for a local Ray's workers; see server.py. `on_coordinator`: called with
+    the run's, when it is there."""
     refuse_dead_cluster()  # before anything is claimed
     on_event(waiting_event("the run's folder, and Ray"))
     with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg, own_ray) as is_own:
@@ -69,6 +76,7 @@ def run(
             ray.get(coordinator.fatal.remote(), timeout=START_S)
         except ray.exceptions.RayError as error:
             raise RunFailedError(f"the coordinator cannot start on the driver's node: {error}") from error
+        on_coordinator(coordinator)
         on_event(waiting_event(f"workers, 0 of {cfg.cluster.workers} there"))
         hold.when_lost(lambda reason: coordinator.supersede.remote(reason))
 
@@ -79,10 +87,12 @@ def run(
             with (
                 listening(cfg, on_event, say=say, openers=[gauges(cfg)]) as tell,
                 _watching(coordinator, tell),
-                storing_at_a_signal(coordinator, run_storage(cfg), on_event),
+                storing_at_a_signal(
+                    lambda: store(coordinator), lambda stored: what_is_stored(run_storage(cfg), stored), on_event
+                ),
             ):
                 tell({"kind": "term", "number": hold.term.number})
-                _fit(cfg, coordinator, server if is_own else "", is_own=is_own)
+                _fit(cfg, coordinator, server, is_own=is_own)
         except RunFailedError:
             if hold.lost:
                 raise RunBusyError(hold.lost) from None

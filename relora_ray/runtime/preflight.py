@@ -6,25 +6,22 @@ process that is forked where they are imported (server.py), and imports Ray mean
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
 
 import ray
 
-from relora_ray import errors
 from relora_ray.checkpoint import list_manifests
 from relora_ray.config import RunConfig, split_step
 from relora_ray.config.file import parse_config, to_yaml
 from relora_ray.config.section import Mapping_
-from relora_ray.errors import ConfigError, ReloraError, RunFailedError
+from relora_ray.errors import ConfigError
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import check_run, find_architecture
 from relora_ray.runs.trackers import check_trackers
-from relora_ray.runtime import prefork, server
+from relora_ray.runtime import apart
 from relora_ray.runtime.address import cluster_address
 
 
@@ -36,54 +33,34 @@ def preflight(cfg: RunConfig) -> RunConfig:
     return _check(as_here(cfg))
 
 
-def preflight_apart(cfg: RunConfig) -> RunConfig:
-    """`preflight`, of which a process of its own does what needs torch."""
-    return _ask(as_here(cfg), "")
+def preflight_apart(cfg: RunConfig, at: str) -> RunConfig:
+    """`preflight`, of which a process of its own does what needs torch. `at`: the address of a server for that, or
+    ""."""
+    return _ask(as_here(cfg), at)
 
 
 def begin_preflight(cfg: RunConfig, at: str) -> Future[RunConfig]:
     """The same, while this process goes on. `at`: the address of a server for the other. ConfigError at once for what
     this one can see."""
-    cfg, checked = as_here(cfg), Future[RunConfig]()
+    cfg, answered = as_here(cfg), Future[RunConfig]()
 
     def ask() -> None:
         try:
-            checked.set_result(_ask(cfg, at))
+            answered.set_result(_ask(cfg, at))
         except BaseException as error:
-            checked.set_exception(error)
+            answered.set_exception(error)
 
     threading.Thread(target=ask, name="relora-ray-preflight", daemon=True).start()  # Ctrl-C does not wait for it
-    return checked
+    return answered
 
 
 def _ask(cfg: RunConfig, at: str) -> RunConfig:
-    ours, theirs = multiprocessing.Pipe()
-    with ours:
-        child = server.spawn(theirs, f"{__name__}:answer", to_yaml(cfg), first=at)
-        try:
-            _, name, said = ours.recv()
-        except EOFError:
-            raise RunFailedError(
-                f"the process that checks the config ended with code {child.wait()} before it had said anything. If "
-                f"that is -9, the machine may have run out of memory."
-            ) from None
-        finally:
-            child.kill()
-    if name == prefork.RAISED:
-        raise RunFailedError(f"the config could not be checked: {said[0]}")
-    if name:
-        found: type[ReloraError] = getattr(errors, name)
-        raise found(said)
-    return parse_config(said)
+    return parse_config(apart.call(f"{__name__}:checked", to_yaml(cfg), at=at, what="the config could not be checked"))
 
 
-def answer(pipe: Connection, config: str) -> None:
-    """What that process does: sends (0, "", the config as it will run), or (0, class of a ReloraError, its text)."""
-    try:
-        said = "", to_yaml(_check(parse_config(config)))
-    except ReloraError as error:
-        said = type(error).__name__, str(error)
-    pipe.send((0, *said))
+def checked(config: str) -> str:
+    """The config as it will run; both are YAML. Raises ReloraError."""
+    return to_yaml(_check(parse_config(config)))
 
 
 def as_here(cfg: RunConfig) -> RunConfig:

@@ -29,6 +29,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -297,7 +298,17 @@ def main() -> None:
     for name in sys.argv[2].split(","):
         with contextlib.suppress(Exception):  # the process that trains will say what is wrong
             importlib.import_module(name)
+    _let_go_of_pipes()
     _serve(listener)
+
+
+def _let_go_of_pipes() -> None:
+    """What reads the output of a command sees its end when the command ends, not when this process does. Until here a
+    pipe says why a start failed."""
+    for fd in OUTPUT:
+        if stat.S_ISFIFO(mode := os.fstat(fd).st_mode) or stat.S_ISSOCK(mode):
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), fd)
 
 
 def _serve(listener: socket.socket) -> None:

@@ -30,9 +30,17 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 
 
 @contextmanager
-def storing_at_a_signal(coordinator: Any, storage: Storage, on_event: Callable[[Event], None]) -> Iterator[None]:
+def storing_at_a_signal(
+    store: Callable[[], bool],
+    what_is_there: Callable[[bool], str],
+    on_event: Callable[[Event], None],
+    end: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """At a signal have the state stored, then end the block with StoppedError. Main thread only; elsewhere nothing
-    changes."""
+    changes.
+
+    `store`: does it, in a thread; whether it could. `what_is_there`: for the error, given that. `end`: called, in a
+    thread, if the block is to end at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +53,7 @@ def storing_at_a_signal(coordinator: Any, storage: Storage, on_event: Callable[[
         on_event(log_event("driver", f"told to stop by {NAMES[told[0]]}: the state is stored first{advice}", "INFO"))
         on_event(waiting_event("the state is stored"))
         try:
-            if _store(coordinator):
+            if store():
                 stored.set()
         except ray.exceptions.RayError as error:
             logger.warning("the state could not be stored: %s", error)
@@ -61,7 +69,9 @@ def storing_at_a_signal(coordinator: Any, storage: Storage, on_event: Callable[[
             told.append(signal.Signals(number))
             threading.Thread(target=store_and_end, daemon=True).start()
         elif told and number == signal.SIGINT:  # from the thread, or the second one
-            ended.set()
+            if not ended.is_set():
+                ended.set()
+                threading.Thread(target=end, daemon=True).start()
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, on_signal) for number in NAMES}
@@ -71,15 +81,19 @@ def storing_at_a_signal(coordinator: Any, storage: Storage, on_event: Callable[[
     except KeyboardInterrupt:
         if not told:
             raise
-        raise StoppedError(_what_is_there(told[0], storage, stored.is_set()), told[0]) from None
+        raise StoppedError(
+            f"told to stop by {NAMES[told[0]]}: {what_is_there(stored.is_set())}. Run the same command again to "
+            f"continue.",
+            told[0],
+        ) from None
     finally:
         ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _store(coordinator: Any) -> bool:
-    """Whether the state after the next step was stored."""
+def store(coordinator: Any) -> bool:
+    """Have a run store its state. Whether the state after the next step was stored."""
 
     def call(name: str, *args: Any) -> bool:
         return bool(ray.get(getattr(coordinator, name).remote(*args), timeout=STOP_S))
@@ -93,9 +107,12 @@ def _store(coordinator: Any) -> bool:
     return stored
 
 
-def _what_is_there(told: signal.Signals, storage: Storage, stored: bool) -> str:
+def what_is_stored(storage: Storage, stored: bool) -> str:
+    """Of a run, for whoever has stopped it. `stored`: the state after its last update is."""
     steps = list_manifests(storage)
-    what = f"the state after step {steps[-1]} is stored" if steps else "nothing had been trained"
-    if steps and not stored:  # it was starting, storage failed, or it was told to end at once
-        what = f"the newest checkpoint is that after step {steps[-1]}; what was trained since is not stored"
-    return f"told to stop by {NAMES[told]}: {what}. Run the same command again to continue."
+    if not steps:
+        return "nothing had been trained"
+    if stored:
+        return f"the state after step {steps[-1]} is stored"
+    # It was starting, storage failed, or it was told to end at once.
+    return f"the newest checkpoint is that after step {steps[-1]}; what was trained since is not stored"

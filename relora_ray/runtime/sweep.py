@@ -32,6 +32,7 @@ from relora_ray.checkpoint.history import pin
 from relora_ray.checkpoint.owner import owning
 from relora_ray.checkpoint.ownership import claim
 from relora_ray.config import RunConfig
+from relora_ray.config.file import to_yaml
 from relora_ray.errors import (
     ConfigError,
     DamagedError,
@@ -44,10 +45,13 @@ from relora_ray.errors import (
 from relora_ray.runs.forkable import fixed_keys, may_differ, warm_start_digest
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.setting import begin, is_run, read_config
-from relora_ray.runtime import driver
+from relora_ray.runtime import apart, driver
 from relora_ray.runtime.mailbox import Mailbox
 from relora_ray.runtime.messages import waiting_event
+from relora_ray.runtime.own_ray import OwnRay
 from relora_ray.runtime.preflight import preflight_apart
+from relora_ray.runtime.stopping import storing_at_a_signal
+from relora_ray.runtime.under_way import UnderWay, telling
 from relora_ray.storage import Storage
 from relora_ray.sweep.dimension import Settings, is_rows
 from relora_ray.sweep.population import replacements
@@ -82,12 +86,13 @@ Told = Callable[[str, dict[str, Any]], None]
 """Called with a run's name and its event, or "" and a point's record."""
 
 
-def check_sweep(sweep: Sweep) -> tuple[Sweep, Storage]:
+def check_sweep(sweep: Sweep, at: str = "") -> tuple[Sweep, Storage]:
     """See what can be seen without Ray, as `preflight` does for a run. Returns the sweep with absolute paths, as
-    trials run in folders of their own, and its folder. Raises ReloraError."""
+    trials run in folders of their own, and its folder. Raises ReloraError. `at`: the address of a server that forks
+    processes on this machine, or ""; see server.py."""
     if sweep.spec.search == "tpe":
         import_optuna()
-    first, *_ = [_preflight(sweep, settings) for settings in _one_of_each(sweep)]
+    first, *_ = [_preflight(sweep, settings, at) for settings in _one_of_each(sweep)]
     model = {n: v for n in ("huggingface", "init_from") if (v := getattr(first.model, n))}
     base = sweep.base | {
         "storage": first.storage.rpartition("/")[0],
@@ -124,10 +129,10 @@ def _has_rows_of_models(sweep: Sweep) -> bool:
     return any(key.startswith("model.") for row in rows for key in (*row.set, *row.space))
 
 
-def _preflight(sweep: Sweep, settings: Settings) -> RunConfig:
+def _preflight(sweep: Sweep, settings: Settings, at: str) -> RunConfig:
     """Raises ReloraError, behind the names of the point's rows."""
     try:
-        return preflight_apart(sweep.config(0, settings, sweep.spec.seeds[0]))
+        return preflight_apart(sweep.config(0, settings, sweep.spec.seeds[0]), at)
     except ReloraError as error:
         named = " with ".join(f"sweep.space.{name} row {row.name!r}" for name, row in sweep.spec.rows(settings).items())
         if not named or str(error).startswith("sweep.space."):
@@ -168,20 +173,31 @@ def _refuse_impossible_forks(sweep: Sweep) -> None:
                 )
 
 
-def run_sweep(sweep: Sweep, *, on_event: Told) -> list[Point]:
-    """Train all points of a checked sweep that are not trained yet; all records, by number. Raises ReloraError."""
+def run_sweep(sweep: Sweep, *, on_event: Told, own_ray: OwnRay | None = None, server: str = "") -> list[Point]:
+    """Train all points of a checked sweep that are not trained yet; all records, by number. Raises ReloraError.
+    `own_ray` and `server` as for a run; see driver.py."""
     first = first_run(sweep)
     folder = sweep_storage(first)
-    workers = first.cluster.model_copy(update={"workers": first.cluster.workers * sweep.spec.concurrent})
     driver.refuse_dead_cluster()
     on_event("", waiting_event("the sweep's folder, and Ray"))
-    with _owning(folder), driver.connected(first.model_copy(update={"cluster": workers})):
+    with _owning(folder), driver.connected(first.model_copy(update={"cluster": sweep.cluster}), own_ray):
         began = _claim(folder, sweep)
         points = {point.number: point for point in read_points(folder)}
         shared = _claim_warm_starts(sweep)
         on_event("", waiting_event("Ray Tune, and the first trial"))
-        with _listening(on_event) as queue:
-            _tune(sweep, folder, points, began, _Trainer(sweep, shared, queue))
+        under_way = UnderWay(folder)
+
+        def hear(run: str, event: dict[str, Any]) -> None:
+            if not under_way.hear(run, event):
+                on_event(run, event)
+
+        with (
+            _listening(hear) as queue,
+            storing_at_a_signal(
+                under_way.store, under_way.what_is_there, lambda event: on_event("", event), under_way.end
+            ),
+        ):
+            _tune(sweep, folder, points, began, _Trainer(sweep, shared, queue, server))
     return read_points(folder)
 
 
@@ -192,7 +208,7 @@ def _owning(folder: Storage) -> Iterator[None]:
         hold.when_lost(lambda reason: os.kill(os.getpid(), signal.SIGINT))
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedError):
             if not hold.lost:
                 raise
             raise RunBusyError(hold.lost) from None
@@ -278,17 +294,12 @@ def _warm_config(cfg: RunConfig, digest: str) -> RunConfig:
     return known.model_copy(update={name: getattr(warm, name) for name in ("train", "cluster", "checkpoint", "data")})
 
 
-def _fork(cfg: RunConfig, parent: str, step: int) -> None:
-    from relora_ray.runs.fork import fork  # imports torch, and few trials fork
-
-    fork(cfg, parent, step)
-
-
 class _Trainer:
     """What a trial's process does."""
 
-    def __init__(self, sweep: Sweep, shared: set[str], queue: Mailbox) -> None:
-        self._sweep, self._shared, self._queue = sweep, shared, queue
+    def __init__(self, sweep: Sweep, shared: set[str], queue: Mailbox, server: str = "") -> None:
+        """`server`: the address of one on this machine that its runs' processes may be forked from, or ""."""
+        self._sweep, self._shared, self._queue, self._server = sweep, shared, queue, server
 
     def train(self, number: int, until: int) -> Iterator[tuple[int, float]]:
         """Bring a point from rung to rung, up to rung number `until`: yields the rung's number and the loss there, when
@@ -327,14 +338,14 @@ class _Trainer:
         cfg = self._sweep.config(point.number, point.settings, seed)
         digest = warm_start_digest(cfg)
         if point.parent is not None:
-            _fork(cfg, run_name(point.parent, seed), point.forked_at)
+            self._fork(cfg, run_name(point.parent, seed), point.forked_at)
         elif digest in self._shared and not list_manifests(run_storage(cfg)):
             warm = _warm_config(cfg, digest)
             self._train_warm_start(warm, point)
-            _fork(cfg, warm.name, cfg.warm_start_steps)
+            self._fork(cfg, warm.name, cfg.warm_start_steps)
         stop = None if step == cfg.steps else step
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"stop_after_steps": stop})})
-        cfg = preflight_apart(cfg)
+        cfg = preflight_apart(cfg, self._server)
         self._say_begin(cfg, point)
         self._run(cfg, lambda storage: False)
         storage = run_storage(cfg)
@@ -345,15 +356,26 @@ class _Trainer:
         return loss
 
     def _train_warm_start(self, warm: RunConfig, point: Point) -> None:
-        self._say_begin(warm, point)
-        self._run(preflight_apart(warm), lambda storage: warm.warm_start_steps in list_manifests(storage))
+        def is_done(storage: Storage) -> bool:
+            return warm.warm_start_steps in list_manifests(storage)
+
+        if not is_done(run_storage(warm)):
+            self._say_begin(warm, point)
+            self._run(preflight_apart(warm, self._server), is_done)
+
+    def _fork(self, cfg: RunConfig, parent: str, step: int) -> None:
+        apart.call(
+            "relora_ray.runs.fork:fork_yaml", to_yaml(cfg), parent, step,
+            at=self._server, what=f"{cfg.name} could not be forked from {parent}",
+        )  # fmt: skip
 
     def _run(self, cfg: RunConfig, is_done: Callable[[Storage], bool]) -> None:
         """Train unless `is_done`, asked again while another process trains it: another trial, if it is a warm start, or
         what is left of a trial of a killed sweep."""
         while not is_done(run_storage(cfg)):
             try:
-                driver.run(cfg, on_event=self._teller(cfg))
+                with telling(self._queue, cfg.name) as tell:
+                    driver.run(cfg, on_event=self._teller(cfg), server=self._server, on_coordinator=tell)
             except RunBusyError:
                 time.sleep(BUSY_S)
             else:
@@ -407,45 +429,16 @@ def _tune(sweep: Sweep, folder: Storage, points: dict[int, Point], began: float,
         )
         for name, value in TUNE.items():
             os.environ.setdefault(name, value)
-        with _ending_when_told_to_stop():
-            try:
-                results = tuner.fit()
-            except tune.TuneError as error:  # of what was raised beside it, such as a record that cannot be stored
-                why = str(error).strip().splitlines()[-1]
-                raise RunFailedError(f"Ray Tune gave up: {why} Run the same command again to continue.") from error
+        try:
+            results = tuner.fit()
+        except tune.TuneError as error:  # of what was raised beside it, such as a record that cannot be stored
+            why = str(error).strip().splitlines()[-1]
+            raise RunFailedError(f"Ray Tune gave up: {why} Run the same command again to continue.") from error
     for result in results:
         if result.error is not None and result.config is not None:  # its process was lost again and again
             point = read_point(folder, result.config["number"])
             point.state, point.why = "failed", f"its trial ended with an error of its own: {result.error}"
             put_point(folder, point)
-
-
-@contextmanager
-def _ending_when_told_to_stop() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with StoppedError. Runs go on from their newest checkpoints when the sweep
-    is started again."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    told = threading.Event()
-
-    def stop(*_: Any) -> None:
-        told.set()
-        raise KeyboardInterrupt  # Tune takes an Exception for a trial's, and goes on
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not told.is_set():
-            raise
-        raise StoppedError(
-            "told to stop by SIGTERM. Run the same command again: every run goes on from its newest checkpoint.",
-            signal.SIGTERM,
-        ) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Points(Searcher):

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from relora_ray.config import RunConfig, Section, nearest
+from relora_ray.config import ClusterConfig, RunConfig, Section, nearest
 from relora_ray.config.edit import drop, put
 from relora_ray.config.explain import explain
 from relora_ray.config.file import check, parse_mapping, read_text
@@ -206,6 +206,12 @@ class Sweep:
         if self.spec.population:
             numbers |= set(range(self.spec.population.every_rungs, wanted, self.spec.population.every_rungs))
         return [(number, self.rungs[number - 1]) for number in sorted(numbers)]
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        """A run's, with the workers of as many points as are trained at a time."""
+        run = self.config(0, self.possible_points[0], self.spec.seeds[0]).cluster
+        return run.model_copy(update={"workers": run.workers * self.spec.concurrent})
 
     def plan(self) -> Iterator[str]:
         """What will be trained, as lines of text."""

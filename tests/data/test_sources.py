@@ -179,7 +179,7 @@ def test_web_addresses_are_read_and_their_signatures_not_shown(tmp_path: Path, m
     monkeypatch.setattr("relora_ray.storage.RETRY_S", 1.0)
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
+        threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{web.server_address[1]}"
         assert read(f"{url}/a.jsonl.gz?signature=hidden") == ["a"]
         with pytest.raises(DataError, match=r"nothing\.jsonl\?\*\*\*: no such object") as raised:

@@ -48,12 +48,12 @@ Play = Callable[[Sweep], list[Point]]
 
 
 def test_killed_sweep_goes_on_and_comes_to_the_same(data: Path, tmp_path: Path) -> None:
-    """SIGTERM of the driver in the second point. What was trained is not trained again, and the losses are those of
-    runs that trained their warm start themselves and were left alone."""
+    """SIGTERM of the driver in the second point. Its state is stored, what was trained is not trained again, and the
+    losses are those of runs that trained their warm start themselves and were left alone."""
     space = {"method.lora_rank": [2, 8]}
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(TINY) | {"steps": 303, "sweep": {"space": space}}))
-    length = ("steps=303", "method.merge_every_steps=100", "train.log_every_steps=1", "checkpoint.save_every_steps=20")
+    path.write_text(yaml.safe_dump(yaml.safe_load(TINY) | {"steps": 603, "sweep": {"space": space}}))
+    length = ("steps=603", "method.merge_every_steps=200", "train.log_every_steps=1", "checkpoint.save_every_steps=20")
     command = [
         sys.executable, "-m", "relora_ray.launch", str(path), f"storage={tmp_path}", f"data.path={data}", *length,
     ]  # fmt: skip
@@ -69,8 +69,9 @@ def test_killed_sweep_goes_on_and_comes_to_the_same(data: Path, tmp_path: Path) 
         raise AssertionError(said[-3000:])
     first.terminate()
     said, _ = first.communicate(timeout=120)
-    assert first.returncode == 143, said[-3000:]
-    assert "told to stop by SIGTERM" in said
+    assert first.returncode == 143, said[-3000:]  # and nothing holds its output open: `communicate` has returned
+    assert "told to stop by SIGTERM: 0001-seed1 is stored after step " in said, said[-3000:]
+    assert "what it has trained since" not in said
     folder = Storage(f"{tmp_path}/tiny")
     assert [p.state for p in read_points(folder)] == ["done", "begun"]
     before = folder.child("0000-seed1").list("metrics")
@@ -79,7 +80,7 @@ def test_killed_sweep_goes_on_and_comes_to_the_same(data: Path, tmp_path: Path) 
     assert folder.child("0000-seed1").list("metrics") == before, "it was done"
     assert [a["step"] for a in read_all(folder.child("warm-" + warm(folder)), "attempt")] == [0], "trained once"
     begun = [a["step"] for a in read_all(folder.child("0001-seed1"), "attempt")]
-    assert begun[0] == 3 < begun[1] < 303, "it went on where the one before had stored"
+    assert begun[0] == 3 < begun[1] < 603, "it went on where the one before had stored"
     points = read_points(folder)
     assert [p.state for p in points] == ["done", "done"]
     for number, rank in enumerate(space["method.lora_rank"]):
@@ -87,12 +88,12 @@ def test_killed_sweep_goes_on_and_comes_to_the_same(data: Path, tmp_path: Path) 
             tiny_config(data, tmp_path / "alone", *length, f"method.lora_rank={rank}", "seed=1", f"name=r{rank}")
         )
         expected = {r["step"]: r["loss"] for r in records if r["kind"] == "eval"}
-        assert points[number].losses == {303: {1: expected[303]}}
+        assert points[number].losses == {603: {1: expected[603]}}
         base = read_manifest(folder.child(f"000{number}-seed1"), 3).base
         assert base is not None
         assert base.run.startswith("warm-")
     assert "2 points (2 done)" in second.stdout
-    assert "0.5% saved" in second.stdout, second.stdout[-2000:]
+    assert "0.2% saved" in second.stdout, second.stdout[-2000:]
     with pytest.raises(ConfigError, match="holds a run of another config"):
         check_sweep(load_sweep(str(path), [*command[4:], "optimizer.learning_rate=1"]))
 
@@ -175,7 +176,7 @@ def test_no_point_begins_when_the_budget_is_spent(tmp_path: Path) -> None:
 def test_population_goes_from_rung_to_rung(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All come to a rung before anybody is replaced; after a restart the decision stands. Real runs and forks, whose
     losses are made up; a run keeps one checkpoint, so that what was forked is gone when it is decided again."""
-    monkeypatch.setattr(module.driver, "run", lambda cfg, on_event: run(cfg))
+    monkeypatch.setattr(module.driver, "run", lambda cfg, **_: run(cfg))
     folder = Storage(f"{tmp_path}/tiny")
     space = {"method.lora_rank": [2, 4, 8, 16]}
     overrides = (f"storage={tmp_path}", f"data.path={data}", "method.merge_every_steps=3", "checkpoint.keep_last=1")
@@ -326,7 +327,7 @@ def test_loss_that_is_not_finite_is_divergence(data: Path, tmp_path: Path, monke
     """And a run that another process still trains is waited for."""
     tries = []
 
-    def train(cfg: RunConfig, on_event: object) -> None:
+    def train(cfg: RunConfig, **_: object) -> None:
         tries.append(cfg.name)
         if len(tries) == 1:
             raise RunBusyError("another driver trains it")
