@@ -8,6 +8,8 @@ The quickstart, two workers, on this machine, each round one after the other, in
     again      the same command right after a run: what forks processes is up
     joined     a Ray that is up (RAY_ADDRESS), right after another run there
     finished   a run that has nothing left to do, to its end
+    sweep      of two points: to the first update, of the warm start that they share
+    point      of that sweep: from the end of the first point to an update of the second
 
 "bare" is Ray Train alone, with nothing of ours: benchmarks/bare_ray_train.py.
 """
@@ -27,6 +29,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -50,10 +54,35 @@ def launch(root: Path, data: Path, folder: Path, **variables: str) -> tuple[floa
     return timed(command, root, folder, **variables)
 
 
+def sweep(root: Path, data: Path, folder: Path) -> tuple[float, float]:
+    """Seconds to the first update's line, and from the end of the first point to a line of the second."""
+    raw = yaml.safe_load((root / "configs/quickstart.yaml").read_text())
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(raw | {"sweep": {"space": {"method.lora_rank": [8, 16]}}}))
+    command = [
+        "-m",
+        "relora_ray.launch",
+        "sweep.yaml",
+        "name=sweep",
+        f"data.path={data}",
+        f"storage={folder}",
+        *SETTINGS,
+    ]
+    lines = said(command, root, folder)
+    first = next(at for at, line in lines if re.search(r"step +1/", line))
+    done = next(at for at, line in lines if line.startswith("point 0 "))
+    return first, next(at for at, line in lines if re.match(r" *0001-seed\d+ \| step ", line)) - done
+
+
 def timed(command: list[str], root: Path, folder: Path, **variables: str) -> tuple[float, float]:
     """The same of Python with these arguments, in this folder, with our package from `root`."""
+    lines = said(command, root, folder, **variables)
+    return next((at for at, line in lines if re.search(r"step +1/", line)), float("nan")), lines[-1][0]
+
+
+def said(command: list[str], root: Path, folder: Path, **variables: str) -> list[tuple[float, str]]:
+    """The lines that it wrote, and its end, each with the seconds since its beginning."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(root)} | variables
-    began, first, said = time.monotonic(), float("nan"), ""
+    began, lines = time.monotonic(), list[tuple[float, str]]()
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -63,12 +92,9 @@ def timed(command: list[str], root: Path, folder: Path, **variables: str) -> tup
         cwd=folder,
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            said += line
-            if re.search(r"step +1/", line):
-                first = time.monotonic() - began
-    assert process.returncode == 0, said
-    return first, time.monotonic() - began
+        lines += [(time.monotonic() - began, line) for line in process.stdout]
+    assert process.returncode == 0, "".join(line for _, line in lines)
+    return [*lines, (time.monotonic() - began, "")]
 
 
 def end_servers() -> None:
@@ -88,6 +114,9 @@ def measure(root: Path, data: Path, found: dict[str, list[float]]) -> None:
         found["finished"].append(launch(root, data, folder)[1])
         shutil.rmtree(folder / "quickstart")
         found["again"].append(launch(root, data, folder)[0])
+        end_servers()
+        for what, seconds in zip(("sweep", "point"), sweep(root, data, folder), strict=True):
+            found[what].append(seconds)
         head = Head(2, env={"PYTHONPATH": str(root)})  # its workers import what is measured
         try:
             head.start()
@@ -133,7 +162,7 @@ def main() -> None:
     print(f"Command: `python benchmarks/start.py --rounds {args.rounds}{flag}`{against}\n")
     print(f"{version()}, {machine()}. Medians of {args.rounds} rounds, least and most in brackets, in seconds.\n")
     print(f"| | {' | '.join(found)} |\n|---|{'---|' * len(found)}")
-    for what in ("cold", "again", "joined", "finished"):
+    for what in ("cold", "again", "joined", "finished", "sweep", "point"):
         cells = [
             f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})" if (times := found[name][what]) else ""
             for name in found

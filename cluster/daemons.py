@@ -22,12 +22,18 @@ from typing import Any
 
 import psutil
 
+_given: set[int] = set()
+
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+    """Another each time: a port stays free until somebody listens at it, and Ray refuses to start with one for two."""
+    while True:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port: int = found.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def ray_command(*args: str) -> list[str]:
