@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # On Linux, PyPI's own torch brings several GB of CUDA libraries. On a machine without a GPU point
-# TORCH_INDEX at PyTorch's CPU wheel index (see README) and the CPU build is taken from there.
+# TORCH_INDEX at PyTorch's CPU wheel index (see docs/jobs.md) and the CPU build is taken from there.
 TORCH_INDEX ?=
 # Where this is set, each of some hundred processes compiles the package anew.
 export PYTHONDONTWRITEBYTECODE :=

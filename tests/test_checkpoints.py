@@ -322,3 +322,16 @@ def test_what_cannot_be_done_is_refused(done: RunConfig, cli, args: list[str], e
     assert code == 2
     assert expected in text
     assert not Path("bad name").exists(), "nothing is written before all is known to fit"
+
+
+def test_what_a_driver_wrote_after_its_folder_was_moved_is_no_new_run(data: Path, tmp_path: Path) -> None:
+    """Without a word the run would begin anew, and whoever puts the folder back would put it into that one."""
+    cfg = tiny_config(data, tmp_path, "name=moved")
+    run(cfg)
+    (tmp_path / "moved").rename(tmp_path / "elsewhere")
+    (tmp_path / "moved/metrics/0001.0001-aa").mkdir(parents=True)
+    (tmp_path / "moved/metrics/0001.0001-aa/00000.jsonl").write_text('{"kind": "train", "step": 7, "loss": 1.0}\n')
+    with pytest.raises(ConfigError, match=r"moved holds metrics of a run, but neither what"):
+        check_run(cfg)
+    (tmp_path / "moved/metrics/0001.0001-aa/00000.jsonl").unlink()
+    assert check_run(cfg).name == "moved"

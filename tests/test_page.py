@@ -21,6 +21,7 @@ from relora_ray.checkpoint.history import Origin
 from relora_ray.commands import report
 from relora_ray.config import RunConfig
 from relora_ray.runs import metrics
+from relora_ray.runs.fork import fork
 from relora_ray.runs.places import run_storage
 from relora_ray.runs.tally import replay
 from relora_ray.study.page import html
@@ -201,6 +202,28 @@ def test_runs_that_begin_elsewhere_are_rows_of_their_own(data: Path, tmp_path: P
     origins = [Origin(parent="parent", step=step) for step in (3, 6)]
     forks = [dataclasses.replace(found[0], log=dataclasses.replace(found[0].log, origin=o)) for o in (None, *origins)]
     assert len(rank(forks)) == 3
+
+
+def test_seconds_and_dollars_of_a_fork_go_on_from_its_parents(data: Path, tmp_path: Path) -> None:
+    """As its tokens do: a comparison would take a warm start that points share for free."""
+    run(tiny_config(data, tmp_path, "name=warm", "train.stop_after_steps=3"))
+    cfg = tiny_config(data, tmp_path, "name=point", "method.lora_rank=2")
+    fork(cfg, "warm", 3)
+    run(cfg)
+    warm, point = (read_log(run_storage(cfg).sibling(name)) for name in ("warm", "point"))
+    facts = run_facts(point, "point", dollars_per_hour=3600.0)
+    before = facts.before
+    assert before is not None
+    whole = run_facts(warm, "warm", dollars_per_hour=3600.0)
+    assert before.seconds == whole.places[-1].seconds > 0
+    assert before.dollars == whole.places[-1].dollars
+    alone = run_facts(dataclasses.replace(point, parent=None), "point", dollars_per_hour=3600.0)
+    assert facts.seconds == alone.seconds + before.seconds
+    assert facts.places[0].seconds == alone.places[0].seconds + before.seconds
+    assert facts.dollars is not None
+    assert facts.dollars == pytest.approx((alone.dollars or 0.0) + (before.dollars or 0.0))
+    assert facts.goodput == alone.goodput
+    assert "its seconds and dollars are not counted" in "\n".join(contents("one", [alone]).lead)
 
 
 def test_odd_runs_break_nothing(log: RunLog) -> None:

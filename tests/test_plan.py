@@ -116,6 +116,16 @@ def test_suggestions_can_be_pasted(plan: RunPlan) -> None:
     assert [each.setting for each in suggest.pasteable(better) if each.setting] == []
 
 
+def test_suggestions_for_more_machines_than_are_worth_it_agree_with_each_other() -> None:
+    """Fewer workers, of which half may be missing: half of what there is would be more than the run then has."""
+    cfg = load_config(str(ROOT / "configs/relora/1b.yaml"), [*SMALL, "cluster.workers=64"])
+    machine = Machine("slow", Gpu("T4", 16.0, 8.1, "", 65.0), 1, 5.0)
+    found = make_plan(cfg, Cluster(machine, 64, 1e13, failures_per_day=1.0))
+    settings = dict(each.setting.split("=") for each in suggest.pasteable(found) if each.setting.startswith("cluster."))
+    assert int(settings["cluster.workers"]) < 64
+    assert int(settings["cluster.min_workers"]) == int(settings["cluster.workers"]) // 2
+
+
 def test_what_does_not_fit_is_said_with_what_helps() -> None:
     """A GPU made up, of 180 MB for tensors and without bf16."""
     dims = "model={hidden_size: 512, intermediate_size: 1376, num_layers: 4, num_heads: 4, vocab_size: 2000}"

@@ -260,8 +260,9 @@ def encoding_of(head: bytes, name: str) -> str:
         if head.startswith(mark):
             return encoding
     if head.count(0) * 16 > len(head):  # of a few it is said where they are
+        order = "LE" if head[1::2].count(0) > head[::2].count(0) else "BE"  # of letters of Latin the first byte is zero
         raise DataError(
-            f"{name} is not text in UTF-8: byte {head.index(0):,} is zero. If it is UTF-16 or UTF-32 without a "
-            f"byte-order mark, convert it: iconv -f UTF-16LE -t UTF-8."
+            f"{name} is not text in UTF-8: byte {head.index(0):,} is zero. If it is UTF-16 without a byte-order mark, "
+            f"convert it: iconv -f UTF-16{order} -t UTF-8."
         )
     return "utf-8"

@@ -119,18 +119,36 @@ def _less_state(plan: RunPlan, phase: str) -> Iterator[Suggestion]:
 def _cluster(plan: RunPlan) -> Iterator[Suggestion]:
     assert plan.cluster is not None
     cluster, cfg = plan.cluster, plan.cfg
-    if cfg.cluster.workers != plan.workers:
+    better = [o for o in plan.outcomes() if o.days < math.inf]
+    paid = {o.machines: o.machines * o.days for o in better}
+    widest = max((n for n, cost in paid.items() if cost <= WORTH * min(paid.values())), default=cluster.count)
+    workers = min(plan.workers, widest * cluster.machine.num_gpus)
+    least = max(1, workers // 2)
+    too_many = (cfg.cluster.min_workers or 0) > workers
+    fewer = []
+    if too_many or (cluster.failures_per_day and workers > 1 and cfg.min_workers > least):
+        reason = "so that the run goes on without a lost machine until another has come."
+        fewer = [Suggestion(f"cluster.min_workers={least}", reason)]
+    is_lower = workers < cfg.cluster.workers
+    if is_lower:  # at no point more than workers
+        yield from fewer
+    if cfg.cluster.workers == workers:
+        pass
+    elif workers < plan.workers:
         yield Suggestion(
-            f"cluster.workers={plan.workers}",
+            f"cluster.workers={workers}",
+            f"{widest} machines take {paid[widest] / paid[cluster.count]:.0%} of the machine hours, and "
+            f"{next(o.days for o in better if o.machines == widest):.1f} days.",
+        )
+    else:
+        yield Suggestion(
+            f"cluster.workers={workers}",
             f"one for each GPU of {cluster.count} {cluster.machine.name}; the config has {cfg.cluster.workers}.",
         )
+    if not is_lower:
+        yield from fewer
     if cfg.cluster.gpus_per_worker == 0:
         yield Suggestion("cluster.gpus_per_worker=1", "the config trains on the CPU.")
-    if cluster.failures_per_day and cfg.min_workers == cfg.cluster.workers and cluster.count > 1:
-        least = max(1, plan.workers // 2)
-        yield Suggestion(
-            f"cluster.min_workers={least}", "so that the run goes on without a lost machine until another has come."
-        )
     step = plan.last.update
     assert step is not None
     if step.waits_s > 0.2 * step.compute_s:
@@ -138,17 +156,6 @@ def _cluster(plan: RunPlan) -> Iterator[Suggestion]:
             "",
             f"GPUs wait {step.waits_s / step.seconds:.0%} of an update for gradients: fewer machines, more GPUs in "
             f"each, or a faster network than {cluster.machine.network_gbps:g} Gbit/s.",
-        )
-    better = [o for o in plan.outcomes() if o.days < math.inf]
-    if not better:
-        return
-    paid = {o.machines: o.machines * o.days for o in better}
-    widest = max(n for n, cost in paid.items() if cost <= WORTH * min(paid.values()))
-    if cluster.count > widest:
-        yield Suggestion(
-            f"cluster.workers={widest * cluster.machine.num_gpus}",
-            f"{widest} machines take {paid[widest] / paid[cluster.count]:.0%} of the machine hours, and "
-            f"{next(o.days for o in better if o.machines == widest):.1f} days.",
         )
 
 

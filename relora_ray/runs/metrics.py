@@ -23,6 +23,8 @@ from relora_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics"
+"""A run's folder of what it says of itself, with one for every attempt."""
 Record = dict[str, Any]
 
 _ATTEMPT = re.compile(ATTEMPT)
@@ -40,7 +42,7 @@ class MetricsLog:
     """
 
     def __init__(self, storage: Storage, attempt: str, *, flush_every: int = 20, segment_bytes: int = 2**20) -> None:
-        self._storage = storage.child("metrics").child(attempt)
+        self._storage = storage.child(METRICS).child(attempt)
         self._flush_every, self._segment_bytes = flush_every, segment_bytes
         self._number = 0
         self._lines: list[bytes] = []
@@ -97,7 +99,7 @@ class MetricsLog:
 def read_attempts(storage: Storage) -> list[tuple[str, list[Record]]]:
     """All records by attempt, the earliest attempt first, those that do not count marked. Reads the whole log. A line
     that a crash cut short is left out, and with a warning what is no record of ours."""
-    paths = sorted(storage.list("metrics"), key=_segment_key)
+    paths = sorted(storage.list(METRICS), key=_segment_key)
     attempts: dict[str, list[Record]] = {}
     for path, data in zip(paths, _get_all(storage, paths), strict=True):
         records = attempts.setdefault(path.split("/")[1], [])
@@ -141,7 +143,7 @@ class LogTail:
 
     def look(self) -> list[tuple[str, list[Record]]]:
         """New records by attempt, the earliest attempt first. One request, and two for each object that may be new."""
-        paths = sorted(self._storage.list("metrics"), key=_segment_key)[-self._num_segments :]
+        paths = sorted(self._storage.list(METRICS), key=_segment_key)[-self._num_segments :]
         may_be_new = [path for path in paths if path not in self._sizes or path == self._growing]
         found: dict[str, list[Record]] = {}
         for path, data in zip(may_be_new, _in_threads(self._grown, may_be_new), strict=True):
@@ -266,7 +268,7 @@ def attempt_order(name: str) -> AttemptKey:
 
 def _segment_key(path: str) -> tuple[AttemptKey, str, int, str]:
     """Numbers as numbers: attempt 10000 is after 9999. Of two drivers that counted alike, one follows the other."""
-    attempt, _, segment = path.removeprefix("metrics/").rpartition("/")
+    attempt, _, segment = path.removeprefix(f"{METRICS}/").rpartition("/")
     number = segment.removesuffix(".jsonl")
     return attempt_order(attempt), attempt, int(number) if number.isdigit() else -1, segment
 

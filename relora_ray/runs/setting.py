@@ -31,6 +31,7 @@ from relora_ray.config.file import parse_config, to_yaml
 from relora_ray.config.section import Mapping_
 from relora_ray.data.tokens import DataIndex, read_index
 from relora_ray.errors import CheckpointError, ConfigError, DataError
+from relora_ray.runs.metrics import METRICS
 from relora_ray.runs.places import data_storage, options_for, run_storage, validation_storage
 from relora_ray.storage import Storage
 
@@ -109,6 +110,7 @@ def check_run(cfg: RunConfig, *, parent: Setting | None = None) -> RunConfig:
                 f"{storage.url} is a copy that was not finished. Copy again, to the same place, or remove it with "
                 f"python -m relora_ray.checkpoints delete."
             )
+        _refuse_remains(storage)
         refuse_inside_run(storage)
         cfg = _with_validation(_with_fingerprint(cfg, open_data(cfg).fingerprint), {})
         return _with_architecture(cfg, parent)
@@ -144,6 +146,16 @@ def _how_to_go_on_longer(known: RunConfig, cfg: RunConfig, storage: Storage) -> 
         f"steps={cfg.steps - known.steps}. Or begin anew with steps={cfg.steps}; with train.stop_after_steps="
         f"{known.steps} besides, it ends there and can go on."
     )
+
+
+def _refuse_remains(storage: Storage) -> None:
+    """A driver whose folder is moved away goes on to write where it was: what is there then looks like a new run's."""
+    if storage.list(METRICS) and not is_run(storage):
+        raise ConfigError(
+            f"{storage.url} holds metrics of a run, but neither what the run is nor a checkpoint. If its folder was "
+            f"moved or removed while it trained, put that back here; the checkpoints are in it. To begin anew, remove "
+            f"{storage.url}, or set another name."
+        )
 
 
 def refuse_inside_run(storage: Storage) -> None:

@@ -24,7 +24,7 @@ from relora_ray.checkpoint.owner import owning
 from relora_ray.config.file import to_yaml
 from relora_ray.errors import RunBusyError, RunFailedError
 from relora_ray.runs.places import run_storage
-from relora_ray.runs.setting import begin, check_run
+from relora_ray.runs.setting import begin, check_run, is_finished
 from relora_ray.runs.sinks import listening
 from relora_ray.runtime import elastic
 from relora_ray.runtime.address import cluster_address, refuse_if_dead
@@ -66,6 +66,8 @@ def run(
     on_event(waiting_event("the run's folder, and Ray"))
     with owning(run_storage(cfg), wait=wait, check=lambda: check_run(cfg)) as hold, connected(cfg, own_ray) as is_own:
         cfg = begin(cfg, hold.term)
+        if is_finished(cfg, run_storage(cfg)):  # by the driver that was waited for
+            return
         on_event(waiting_event("the coordinator"))
         _say_what_is_missing(cfg, on_event)
         _say_if_drivers_cannot_be_told_apart(cfg, on_event)

@@ -11,6 +11,7 @@ from typing import Any
 from relora_ray.checkpoint import Rollback, read_history
 from relora_ray.checkpoint.history import Origin, read_origin
 from relora_ray.config import RunConfig
+from relora_ray.errors import CheckpointError, ConfigError
 from relora_ray.runs import metrics
 from relora_ray.runs.evaluations import Evaluation, read_evaluations
 from relora_ray.runs.metrics import Record
@@ -45,6 +46,8 @@ class RunLog:
     """Pages of the coordinator, if it had one."""
     rollbacks: Sequence[Rollback] = ()
     origin: Origin | None = None
+    parent: RunLog | None = None
+    """Of the run that this was forked from, if it is there still."""
     has_model: bool = False
     evaluations: Sequence[Evaluation] = ()
     """What `relora-ray evaluate` has stored beside it."""
@@ -77,10 +80,18 @@ def read_log(storage: Storage) -> RunLog:
         attempts=[(name, records) for name, records in attempts if records],
         restarts=metrics.read_pages(storage, "restarts"),
         rollbacks=read_rollbacks(storage, history),
-        origin=read_origin(storage),
+        origin=(origin := read_origin(storage)),
+        parent=None if origin is None else _parents(storage.sibling(origin.parent)),
         has_model=storage.exists(f"{MODEL}/config.json"),
         evaluations=list(read_evaluations(storage)),
     )
+
+
+def _parents(storage: Storage) -> RunLog | None:
+    try:
+        return read_log(storage)
+    except (ConfigError, CheckpointError):  # deleted, or copied without it
+        return None
 
 
 def _is_ours(record: Record) -> bool:

@@ -6,9 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from tests.tiny import TINY
+import pytest
+
+from relora_ray.runs.metrics import METRICS
+from relora_ray.runs.places import run_storage
+from relora_ray.runs.setting import is_finished
+from relora_ray.runtime import driver
+from tests.tiny import TINY, run, tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +106,18 @@ def test_ray_that_cannot_start_says_what_to_change(tmp_path: Path) -> None:
     assert all(line.startswith("ConfigError: no Ray can be started here: ") for line in said[1:]), said
     assert "Set RAY_TMPDIR to a short folder, such as /tmp" in said[1]
     assert f"Ray keeps its files below RAY_TMPDIR={tmp_path}/file" in said[2]
+
+
+def test_run_that_another_driver_has_finished_meanwhile_is_left_as_it_is(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `--wait`: no Ray worker is started, and no attempt."""
+    cfg = tiny_config(data, tmp_path)
+    run(cfg)
+    storage = run_storage(cfg)
+    assert is_finished(cfg, storage)
+    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext(True))
+    monkeypatch.setattr(driver, "CoordinatorActor", None)
+    before = storage.list(METRICS)
+    driver.run(cfg, on_event=lambda event: None)
+    assert storage.list(METRICS) == before

@@ -104,14 +104,16 @@ _FOOT = (
     "What was done after that is lost work: it is in no loss, no step and no token here, and grey on the clock.",
     "Seconds in steps that count are those of updates (each at the median of the recent ones), boundaries, evaluations "
     "and waits for saves. Goodput is their share of the time since the first attempt began. Dollars, where a price was "
-    "given, are for every worker from an attempt's first record to its last, with the work that was lost.",
+    "given, are for every worker from an attempt's first record to its last, with the work that was lost. A fork's "
+    "seconds and dollars go on from those of its parent, such as a warm start that several points of a sweep share.",
 )
 
 
 def _lead(runs: Sequence[Facts]) -> Iterator[str]:
     if len(runs) == 1:
         log = runs[0].log
-        forked = f", forked from {log.origin.parent} after step {log.origin.step:,}" if log.origin else ""
+        gone = "" if log.parent is not None else " (which is gone: its seconds and dollars are not counted)"
+        forked = f", forked from {log.origin.parent} after step {log.origin.step:,}{gone}" if log.origin else ""
         yield f"{log.cfg.method.kind}, seed {log.cfg.seed}, {log.url}{forked}"
     else:
         kinds = sorted({run.log.cfg.method.kind for run in runs})
@@ -128,7 +130,7 @@ def _tiles(run: Facts) -> list[tuple[str, str]]:
         tiles.append(("trained at the end", f"{run.num_trainable / 1e6:,.2f} M"))
     if run.states:
         tiles.append(("state on each worker", size_text(sum(run.states[-1][1].values()))))
-    tiles.append(("seconds in steps", f"{run.useful_s:,.0f}"))
+    tiles.append(("seconds in steps", f"{run.seconds:,.0f}"))
     if run.goodput is not None:
         tiles.append(("goodput", f"{run.goodput:.1%}"))
     tiles.append(("attempts", f"{len(run.attempts):,}"))
@@ -195,7 +197,7 @@ def ranking_table(rows: Sequence[Row], against: str | None = None) -> Table:
                 f"{min(run.steps * run.log.cfg.tokens_per_step for run in row.runs):,}",
                 "n/a" if row.loss is None else f"{row.loss:.4f}",
                 "n/a" if row.perplexity is None else f"{row.perplexity:,.2f}",
-                _mean_text([run.useful_s for run in row.runs], ",.0f"),
+                _mean_text([run.seconds for run in row.runs], ",.0f"),
                 _mean_text([run.num_trainable for run in row.runs], ",.0f"),
                 _mean_text([run.goodput for run in row.runs], ".0%"),
                 compare(row, reference).words,

@@ -98,6 +98,9 @@ class Facts:
     interruptions: Sequence[Interruption]
     useful_s: float
     passed_s: float
+    before: Point | None
+    """Where the run was of which this is a fork, when it was forked: its places count from there on. None if this is
+    none, or the other is gone."""
     states: Sequence[tuple[str, Mapping[str, int]]]
     """When, and bytes by role on each worker; only where they differ from those before."""
     peak_bytes: Number
@@ -107,7 +110,12 @@ class Facts:
     updates: Sequence[Record]
     last_clock: float
     dollars: Number
-    """Paid for all attempts."""
+    """Paid for all attempts, and for what they stand on."""
+
+    @property
+    def seconds(self) -> float:
+        """In steps that count, with those of the run that it was forked from."""
+        return self.useful_s + (self.before.seconds if self.before is not None else 0.0)
 
     @property
     def finished(self) -> bool:
@@ -135,10 +143,8 @@ class Facts:
 
 def run_facts(log: RunLog, label: str, *, dollars_per_hour: float | None = None) -> Facts:
     """`dollars_per_hour`: of one worker."""
-    times = _times(log)
-    attempts = [found for name, records in log.attempts if (found := _attempt(name, records, times)) is not None]
-    train = log.latest("train")
-    where = _Where(log, train, attempts, times, dollars_per_hour)
+    where = _Where.of(log, dollars_per_hour)
+    attempts, train = where.attempts, where.train
     last_clock = max((a.end for a in attempts), default=0.0)
     structure = structures(log.kinds)
     evals = of_one_text(log.latest("eval"))
@@ -157,6 +163,7 @@ def run_facts(log: RunLog, label: str, *, dollars_per_hour: float | None = None)
         interruptions=list(_interruptions(log, attempts)),
         useful_s=where.useful_s,
         passed_s=max(where.useful_s, last_clock - min((a.begin for a in attempts), default=last_clock)),
+        before=where.before,
         states=list(_states(structure)),
         peak_bytes=max((n for r in log.kinds["end"] if (n := number(r, "peak_memory_bytes"))), default=None),
         num_parameters=number(structure[0], "num_parameters") if structure else None,
@@ -211,14 +218,24 @@ def _attempt(name: str, records: Sequence[Record], times: Mapping[int, float]) -
 class _Where:
     """From a step that counts to its place: tokens, seconds, clock, dollars."""
 
+    @classmethod
+    def of(cls, log: RunLog, price: float | None) -> _Where:
+        times = _times(log)
+        attempts = [found for name, records in log.attempts if (found := _attempt(name, records, times)) is not None]
+        before = (
+            cls.of(log.parent, price)(log.origin.step) if log.parent is not None and log.origin is not None else None
+        )
+        return cls(log, attempts, times, price, before)
+
     def __init__(
         self,
         log: RunLog,
-        train: Sequence[Record],
         attempts: Sequence[Attempt],
         times: Mapping[int, float],
         price: float | None,
+        before: Point | None,
     ) -> None:
+        self.train, self.attempts, self.before = log.latest("train"), attempts, before
         self._tokens_per_step = log.cfg.tokens_per_step
         timed = [name for name, records in log.kinds.items() if records and records[0]["kind"] in SECONDS]
         spent = sorted((r["step"], _spent(r)) for name in timed for r in log.latest(name))
@@ -226,12 +243,12 @@ class _Where:
         self._seconds = list(accumulate(seconds for _, seconds in spent))
         self.useful_s = self._seconds[-1] if self._seconds else 0.0
         evals = log.latest("eval")
-        clocks = {r["step"]: times[id(r)] for r in [*log.latest("attempt"), *evals, *train]}
+        clocks = {r["step"]: times[id(r)] for r in [*log.latest("attempt"), *evals, *self.train]}
         self._clock_steps = sorted(clocks)
         self._clocks = [clocks[step] for step in self._clock_steps]
-        self._attempts, self._price = sorted(attempts, key=lambda a: a.begin), price
-        self._begins = [attempt.begin for attempt in self._attempts]
-        hours = (a.world_size * (a.end - a.begin) / 3600 for a in self._attempts)
+        self._in_order, self._price = sorted(attempts, key=lambda a: a.begin), price
+        self._begins = [attempt.begin for attempt in self._in_order]
+        hours = (a.world_size * (a.end - a.begin) / 3600 for a in self._in_order)
         self._hours = list(accumulate(hours, initial=0.0))
 
     def __call__(self, step: int) -> Point:
@@ -241,19 +258,22 @@ class _Where:
         return Point(
             step=step,
             tokens=step * self._tokens_per_step,
-            seconds=self._seconds[until - 1] if until else 0.0,
+            seconds=(self._seconds[until - 1] if until else 0.0) + (self.before.seconds if self.before else 0.0),
             clock=clock,
             dollars=self.dollars(clock),
         )
 
     def dollars(self, clock: float) -> Number:
         """Paid until then; None without a price."""
+        if self._price is None:
+            return None
+        before = (self.before.dollars if self.before is not None else None) or 0.0
         number = bisect_right(self._begins, clock) - 1
-        if self._price is None or number < 0:
-            return None if self._price is None else 0.0
-        attempt = self._attempts[number]
+        if number < 0:
+            return before
+        attempt = self._in_order[number]
         hours = self._hours[number] + attempt.world_size * (min(clock, attempt.end) - attempt.begin) / 3600
-        return self._price * hours
+        return before + self._price * hours
 
 
 def _evals(records: Sequence[Record], where: _Where) -> list[tuple[Point, float]]:
