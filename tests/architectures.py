@@ -19,7 +19,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from relora_ray.config import ModelConfig, RunConfig
+from relora_ray.config import ModelConfig, RunConfig, TrainConfig
 from relora_ray.errors import ConfigError
 from relora_ray.methods.adapter import merge_all_, redraw_all_, refresh_all_
 from relora_ray.methods.lowrank.config import ReloraConfig
@@ -83,12 +83,16 @@ NOT_TRIED = {
 }
 
 
+NOT_RECOMPUTED = ("ctrl", "gpt_neox_japanese", "openai-gpt")
+"""Their blocks are none to transformers."""
+
 HEAD = """# Architectures
 
 Every causal language model of transformers {version}, at a tiny width (`python -m tests.architectures`): putting
 adapters on changes no logit, every trained tensor has a gradient, a merge after five updates changes no logit, the loss
 is the architecture's own, and the exported folder loads with the same logits. `tests/test_architectures.py` does it
-again in every test run. What a model needs beside `model.huggingface` is said by the refusal that a run without it ends
+again in every test run. With `train.recompute` gradients are the same bit for bit, and ctrl, gpt_neox_japanese and
+openai-gpt are refused. What a model needs beside `model.huggingface` is said by the refusal that a run without it ends
 in, before Ray starts.
 """
 
@@ -105,6 +109,8 @@ class Found:
     merging: float = 0.0
     exporting: float = 0.0
     losses: list[float] = field(default_factory=list)
+    recompute: bool = False
+    """Whether blocks are computed again with train.recompute, to the same bits."""
 
 
 def names() -> list[str]:
@@ -133,6 +139,7 @@ def examine(model_type: str, folder: Path) -> Found:
             break
         assert not set(more) & set(found.leave_out)
         found.leave_out += more
+    found.recompute = _recomputed(model, cfg, ids)
     before = _logits(build_model(model_cfg, seq_len=cfg.data.seq_len, seed=cfg.seed), ids)
     found.wrapping = _change(before, _logits(model, ids))
     _train(cfg, model, ids, found)
@@ -179,6 +186,26 @@ def _asked_for(model: torch.nn.Module, key: str) -> list[str]:
             raise
         return asked[1].split(",")
     return []
+
+
+def _recomputed(model: torch.nn.Module, cfg: RunConfig, ids: torch.Tensor) -> bool:
+    """False if it is refused."""
+    model.train()
+
+    def passed(train: TrainConfig) -> list[torch.Tensor]:
+        torch.manual_seed(0)  # of dropout
+        model.zero_grad()
+        loss = mean_loss(model, cfg.model_copy(update={"train": train}), ids)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = passed(cfg.train)
+    try:
+        found = passed(cfg.train.model_copy(update={"recompute": True}))
+    except ConfigError:
+        return False
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    return True
 
 
 def _train(cfg: RunConfig, model: torch.nn.Module, ids: torch.Tensor, found: Found) -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from relora_ray.errors import ConfigError
-from tests.architectures import NOT_TRAINED, NOT_TRIED, examine, names, row
+from tests.architectures import NOT_RECOMPUTED, NOT_TRAINED, NOT_TRIED, examine, names, row
 
 DOCS = Path(__file__).parent.parent / "docs/architectures.md"
 
@@ -19,6 +19,7 @@ def test_architecture_is_trained_merged_and_exported(model_type: str, tmp_path: 
     found = examine(model_type, tmp_path)
     assert (found.wrapping, found.merging) == (0.0, 0.0)
     assert found.exporting < 1e-6
+    assert found.recompute == (model_type not in NOT_RECOMPUTED)
     assert all(after < before for before, after in itertools.pairwise(found.losses)), found.losses
     assert row(model_type, found) in DOCS.read_text().splitlines()
 

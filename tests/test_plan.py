@@ -14,7 +14,7 @@ from relora_ray.commands.plan import main
 from relora_ray.config.file import load_config
 from relora_ray.config.method import BUILT_IN
 from relora_ray.planning import suggest
-from relora_ray.planning.forecast import Cluster, fits, largest_rows
+from relora_ray.planning.forecast import CONTEXT_BYTES, HEADROOM, Cluster, fits, largest_rows, memory
 from relora_ray.planning.machines import Gpu, Machine, find_machines
 from relora_ray.planning.page import page
 from relora_ray.planning.picture import draw_plan
@@ -124,6 +124,23 @@ def test_suggestions_for_more_machines_than_are_worth_it_agree_with_each_other()
     settings = dict(each.setting.split("=") for each in suggest.pasteable(found) if each.setting.startswith("cluster."))
     assert int(settings["cluster.workers"]) < 64
     assert int(settings["cluster.min_workers"]) == int(settings["cluster.workers"]) // 2
+
+
+@pytest.mark.slow
+def test_recomputation_is_suggested_where_it_is_what_makes_a_row_fit() -> None:
+    """A GPU made up, that has room for the state and for blocks' inputs."""
+    dims = "model={hidden_size: 256, intermediate_size: 688, num_layers: 16, num_heads: 4, vocab_size: 2000}"
+    overrides = [dims, "data.seq_len=512", "method.lora_rank=16", "train.micro_batch_rows=1"]
+    cfg = load_config(str(ROOT / "configs/relora/1b.yaml"), overrides)
+    large = make_plan(cfg, Cluster(Machine("x", Gpu("x", 80.0, 8.1, "", 65.0), 1, 10.0), 1, 1e13))
+    state = max(sum(column.phase.state.values()) for column in large.columns)
+    one_row = max(sum(memory(column.phase, column.phase.measure(1), 1).values()) for column in large.columns)
+    room = ((state + one_row) / 2 + CONTEXT_BYTES) / (1 - HEADROOM)
+    found = make_plan(cfg, Cluster(Machine("small", Gpu("T4", room / 1e9, 8.1, "", 65.0), 1, 10.0), 1, 1e13))
+    assert not all(column.largest_rows for column in found.columns)
+    assert "train.recompute=true" in [each.setting for each in suggest.pasteable(found)]
+    again = load_config(str(ROOT / "configs/relora/1b.yaml"), [*overrides, "train.recompute=true"])
+    assert all(column.largest_rows for column in make_plan(again, found.cluster).columns)
 
 
 def test_what_does_not_fit_is_said_with_what_helps() -> None:

@@ -217,6 +217,9 @@ class TrainConfig(Section):
     """Wrapped layers multiply by W + scale * B A. kept: added up once per update, for 2 bytes a wrapped weight in bf16
     and 4 in fp32. rebuilt: added up twice per micro-batch, one layer at a time: slower, and without that memory. The
     result is the same bit for bit. auto: kept, unless `method.frozen_weights` says that memory is short."""
+    recompute: bool = False
+    """Keep of each block's activations its input alone, and compute the rest again in the backward pass: a third more
+    multiplications, and several times fewer bytes. The result is the same bit for bit."""
     loss_chunk_tokens: int | None = Field(None, ge=0)
     """Tokens whose logits exist at a time; 0: all of a micro-batch. Changes memory, and the result by rounding.
     Default: all where that is less than 64 MiB in fp32, else 256 MiB of logits (4,181 tokens of 32,100 classes in
@@ -423,7 +426,7 @@ _OPERATIONAL = (
     "tokens",  # steps says it
     "model.init_from",  # a run that has a checkpoint never reads it again
     "train.micro_batch_rows", "train.max_nonfinite_steps", "train.log_every_steps", "train.eval_",
-    "train.compile", "train.effective_weights", "train.loss_chunk_tokens",
+    "train.compile", "train.effective_weights", "train.loss_chunk_tokens", "train.recompute",
     "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",
 )  # fmt: skip
 

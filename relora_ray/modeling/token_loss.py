@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from relora_ray.config import TrainConfig
 from relora_ray.errors import ConfigError
+from relora_ray.modeling.recompute import recompute_blocks_
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class TokenLoss(nn.Module):
         super().__init__()
         self._sized_for = sized_for
         self.model = model
+        if cfg.recompute:
+            recompute_blocks_(model)
         self.bf16, self.chunk_tokens = cfg.precision == "bf16", cfg.loss_chunk_tokens
         backbone = getattr(model, "base_model", model)
         self._extra_weight = _router_weight(model)

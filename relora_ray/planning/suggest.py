@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from relora_ray.config.file import parse_config, to_yaml
 from relora_ray.errors import ConfigError, first_words
 from relora_ray.methods.lowrank.config import LoraConfig
 from relora_ray.planning import forecast
+from relora_ray.planning.count import Phase
 from relora_ray.planning.plan import RunPlan
 
 WORTH = 1.5
@@ -70,6 +71,13 @@ def _micro_batch(plan: RunPlan) -> Iterator[Suggestion]:
     too_large = [column for column in plan.columns if not column.largest_rows]
     for column in too_large:
         yield from _less_state(plan, column.phase.name)
+        if again := _recomputed_bytes(plan, column.phase):
+            yield Suggestion(
+                "train.recompute=true",
+                f"one row of {column.phase.name} then takes {again / 1e9:.1f} GB of {usable / 1e9:.1f}, for a third "
+                f"more multiplications; the bits are the same.",
+            )
+            continue
         state = sum(column.phase.state.values())
         what, taken = "the state alone takes", state
         if state <= usable:
@@ -97,6 +105,17 @@ def _micro_batch(plan: RunPlan) -> Iterator[Suggestion]:
             f"so many fit: {-(-at_once // best)} micro-batches an update instead of {-(-at_once // plan.rows)}, with "
             f"fewer kernels to start. The FLOPs are the same.",
         )
+
+
+def _recomputed_bytes(plan: RunPlan, phase: Phase) -> int:
+    """What one row takes if blocks are recomputed; 0 if they are already, or it does not fit then either."""
+    assert plan.cluster is not None
+    if phase.cfg.train.recompute:
+        return 0
+    train = phase.cfg.train.model_copy(update={"recompute": True})
+    again = replace(phase, cfg=phase.cfg.model_copy(update={"train": train}), _passes={})
+    taken = sum(forecast.memory(again, again.measure(1), plan.workers).values())
+    return taken if taken <= forecast.usable_bytes(plan.cluster.machine.gpu.memory_bytes) else 0
 
 
 def _less_state(plan: RunPlan, phase: str) -> Iterator[Suggestion]:

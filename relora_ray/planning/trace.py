@@ -97,7 +97,7 @@ def _run(cfg: RunConfig, method: Method, model: nn.Module, rows: int) -> Pass:
         for parameter in trainable(model):
             parameter.grad = torch.zeros_like(parameter)
         ids = torch.zeros(rows, cfg.data.seq_len, dtype=torch.long)
-        seen = _Passes(lambda: loss(ids, ids, torch.ones(rows)) / cfg.tokens_per_step)
+        seen = _Passes(lambda: loss(ids, ids, torch.ones(rows)) / cfg.tokens_per_step, inputs_alone=cfg.train.recompute)
         with Watch(model, optimizer) as watch:
             seen.watch = watch
             try:
@@ -135,20 +135,22 @@ class _FakeUpdate(Update):
 class _Passes:
     """Backward passes, and what they take."""
 
-    def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
-        self.forward = forward
+    def __init__(self, forward: Callable[[], torch.Tensor], *, inputs_alone: bool) -> None:
+        """`inputs_alone`: autograd keeps blocks' inputs, which its hooks do not see."""
+        self.forward, self.inputs_alone = forward, inputs_alone
         self.watch: Watch
         self.num_passes = self.forward_flops = self.backward_flops = self.saved_bytes = self.peak_bytes = 0
 
     def backward(self, extra: Callable[[], torch.Tensor] | None) -> float:
         self.watch.begin()
-        begin = self.watch.flops
+        begin, there = self.watch.flops, self.watch.now
         with saved_bytes(self.watch.known) as saved:
             total = self.forward()
             if extra is not None:
                 total = total + extra()
             middle = self.watch.flops
-            self.saved_bytes = max(self.saved_bytes, sum(saved.values()))
+            kept = self.watch.now - there if self.inputs_alone else sum(saved.values())
+            self.saved_bytes = max(self.saved_bytes, kept)
             total.backward()
         self.num_passes += 1
         self.forward_flops += middle - begin
@@ -281,7 +283,7 @@ def _tiny_has_plain_head(config: str) -> bool:
 class _Train:
     """What `TokenLoss` asks of `train`."""
 
-    precision, loss_chunk_tokens = "fp32", None
+    precision, loss_chunk_tokens, recompute = "fp32", None, False
 
 
 def by_formula(cfg: RunConfig, model: nn.Module, rows: int, why_not: str) -> Pass:
@@ -306,16 +308,19 @@ def by_formula(cfg: RunConfig, model: nn.Module, rows: int, why_not: str) -> Pas
         trained += count if parameter.requires_grad else 0.0
     scores = 4 * tokens * cfg.data.seq_len * width * depth
     number_bytes = 2 if cfg.train.precision == "bf16" else 4
-    saved = 17 * number_bytes * tokens * width * depth
+    one_block, saved = 0, 17 * number_bytes * tokens * width * depth
+    if cfg.train.recompute:  # blocks' inputs, and in the backward pass all of one
+        one_block, saved = 17 * number_bytes * tokens * width, number_bytes * tokens * width * depth
     logits = (
         4 * min(tokens, 2**26 // (4 * max(1, int(getattr(text, "vocab_size", 1))))) * getattr(text, "vocab_size", 0)
     )
+    forward = int(2 * tokens * active + scores)
     return Pass(
         rows=rows,
-        forward_flops=int(2 * tokens * active + scores),
-        backward_flops=int(2 * tokens * (active + trained) + 2.5 * scores),
+        forward_flops=forward,
+        backward_flops=int(2 * tokens * (active + trained) + 2.5 * scores) + forward * cfg.train.recompute,
         saved_bytes=saved,
-        peak_bytes=saved + 2 * int(logits),
+        peak_bytes=saved + max(one_block, 2 * int(logits)),
         update_flops=0,
         update_peak_bytes=0,
         why_not=why_not,

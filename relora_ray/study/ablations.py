@@ -189,7 +189,7 @@ _ELSEWHERE = (
     "name", "storage", "data.path", "data.storage_options", "data.validation", "checkpoint.", "cluster.",
     "train.log_every_steps",
     "train.divergence_", "train.max_rollbacks", "train.stop_after_steps",  # see run_one
-    "train.effective_weights", "train.loss_chunk_tokens",
+    "train.effective_weights", "train.loss_chunk_tokens", "train.recompute",
 )  # fmt: skip
 
 

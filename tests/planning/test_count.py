@@ -134,6 +134,26 @@ def test_flops_activations_and_memory_are_those_of_a_real_update(
         assert plan.micro_flops + plan.update_flops == pytest.approx(counted_by_torch(loss, cfg, state), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputation_is_counted(kind: str, data: Path, tmp_path: Path) -> None:
+    """Blocks' inputs in place of all that they keep, and their products once more."""
+    wide = ModelConfig(**{**WIDE, "num_layers": 8})
+    plain = config(kind, data, tmp_path).model_copy(update={"model": wide})
+    cfg = plain.model_copy(update={"train": plain.train.model_copy(update={"recompute": True})})
+    phase = phases(cfg)[-1]
+    found, without, state = phase.measure(ROWS), phases(plain)[-1].measure(ROWS), built(cfg, phase.begins)
+    assert not found.why_not
+    loss = TokenLoss(state.model, cfg.train)
+    for parameter in trainable(state.model):
+        parameter.grad = torch.zeros_like(parameter)
+    assert found.peak_bytes == pytest.approx(most_allocated(loss, cfg), rel=CLOSE)
+    assert found.peak_bytes < 0.6 * without.peak_bytes
+    assert found.saved_bytes < 0.5 * without.saved_bytes
+    assert found.forward_flops == without.forward_flops
+    assert found.micro_flops + found.update_flops == pytest.approx(counted_by_torch(loss, cfg, state), rel=0.02)
+    assert 1.1 * without.micro_flops < found.micro_flops < 1.4 * without.micro_flops
+
+
 def kept_by_autograd(loss: TokenLoss, cfg: RunConfig, state: TrainState) -> int:
     own = {t.untyped_storage().data_ptr() for t in [*state.model.parameters(), *state.model.buffers()]}
     kept: dict[int, int] = {}
