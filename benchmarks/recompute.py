@@ -3,7 +3,8 @@
 python benchmarks/recompute.py [--size 60m] [--rounds 3] > benchmarks/results/recompute.md
 
 Each measurement is a process of its own, in turns. Memory is the most that the process had resident while it made
-passes, less what it had after one of eight tokens: activations, logits, gradients' buffers. The plan's count stands beside it.
+passes, less what it had after one of eight tokens: activations, logits, gradients' buffers. The plan's count stands
+beside it.
 """
 
 from __future__ import annotations
