@@ -12,6 +12,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heapreplace
 from itertools import pairwise
 from typing import Any
 
@@ -62,46 +64,58 @@ class PartPlan:
 
 def plan_part(tensors: Tensors, num_ranks: int, zeros: Tensors | None = None) -> PartPlan:
     """Cut tensors (on any device, meta too) into chunks, and spread those over ranks and files. `zeros`: those that
-    hold nothing else, which are named only."""
-    chunks = [chunk for name in sorted(tensors) for chunk in _cut(name, tensors[name])]
+    hold nothing else, which are named only. The same plan is made once: saves of a cycle differ in values alone."""
+    return _plan_part(_shapes(tensors), num_ranks, _shapes(zeros or {}), MAX_FILE_BYTES)
+
+
+Shapes = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+def _shapes(tensors: Tensors) -> Shapes:
+    return tuple((name, tuple(tensors[name].shape), tensors[name].dtype) for name in sorted(tensors))
+
+
+@lru_cache(maxsize=4)
+def _plan_part(shapes: Shapes, num_ranks: int, zeros: Shapes, max_file_bytes: int) -> PartPlan:
+    chunks = [chunk for name, shape, dtype in shapes for chunk in _cut(name, shape, dtype.itemsize, max_file_bytes)]
     assert len({chunk.key for chunk in chunks}) == len(chunks), "no tensor is named like a box of another"
     shares: list[list[Chunk]] = [[] for _ in range(num_ranks)]
-    num_bytes = [0] * num_ranks
+    least = [(0, rank) for rank in range(num_ranks)]  # a heap
     # To the rank with the least so far, largest first: no two ranks then differ by more than one chunk.
     for chunk in sorted(chunks, key=lambda chunk: -chunk.stored_bytes):
-        rank = num_bytes.index(min(num_bytes))
+        num_bytes, rank = least[0]
         shares[rank].append(chunk)
-        num_bytes[rank] += chunk.stored_bytes
-    files = tuple(_fill_files(share, rank) for rank, share in enumerate(shares))
+        heapreplace(least, (num_bytes + chunk.stored_bytes, rank))
+    files = tuple(_fill_files(share, rank, max_file_bytes) for rank, share in enumerate(shares))
     file_of = {chunk.key: file for of_rank in files for file, inside in of_rank.items() for chunk in inside}
-    index: dict[str, dict[str, Any]] = {name: _kind(tensors[name]) | {"chunks": []} for name in sorted(tensors)}
+    index: dict[str, dict[str, Any]] = {name: _kind(shape, dtype) | {"chunks": []} for name, shape, dtype in shapes}
     for chunk in chunks:
         place = {"offsets": chunk.offsets, "sizes": chunk.sizes, "file": file_of[chunk.key], "key": chunk.key}
         index[chunk.name]["chunks"].append(place)
-    named = {name: _kind(tensor) for name, tensor in sorted((zeros or {}).items())}
+    named = {name: _kind(shape, dtype) for name, shape, dtype in zeros}
     return PartPlan(files, json.dumps({"tensors": index, "zeros": named}).encode())
 
 
-def _kind(tensor: torch.Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": tensor.shape}
+def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": shape}
 
 
-def _cut(name: str, tensor: torch.Tensor) -> list[Chunk]:
-    shape = tuple(tensor.shape)
-
+def _cut(name: str, shape: tuple[int, ...], itemsize: int, max_file_bytes: int) -> list[Chunk]:
     def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk:
         box = ",".join(f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=True))
         key = name if sizes == shape and not any(offsets) else f"{name}[{box}]"
-        entry = {key: {"dtype": "F8_E4M3FNUZ", "shape": sizes, "data_offsets": [MAX_FILE_BYTES] * 2}}
-        return Chunk(name, offsets, sizes, key, math.prod(sizes) * tensor.itemsize + len(json.dumps(entry)))
+        entry = {key: {"dtype": "F8_E4M3FNUZ", "shape": sizes, "data_offsets": [max_file_bytes] * 2}}
+        return Chunk(name, offsets, sizes, key, math.prod(sizes) * itemsize + len(json.dumps(entry)))
 
     whole = chunk((0,) * len(shape), shape)
-    room = MAX_FILE_BYTES - _FRAME_BYTES
+    room = max_file_bytes - _FRAME_BYTES
     if whole.stored_bytes <= room:
         return [whole]
-    room -= chunk(shape, shape).stored_bytes - tensor.nbytes  # less the longest entry: none has larger numbers
-    assert room >= tensor.itemsize, "a file has room for one element and its name"
-    return [chunk(*box) for box in boxes(shape, room // tensor.itemsize)]
+    room -= (
+        chunk(shape, shape).stored_bytes - math.prod(shape) * itemsize
+    )  # less the longest entry: none has larger numbers
+    assert room >= itemsize, "a file has room for one element and its name"
+    return [chunk(*box) for box in boxes(shape, room // itemsize)]
 
 
 def boxes(shape: tuple[int, ...], max_elements: int) -> Iterator[Box]:
@@ -120,13 +134,13 @@ def boxes(shape: tuple[int, ...], max_elements: int) -> Iterator[Box]:
                 yield (row, *offsets), (1, *sizes)
 
 
-def _fill_files(chunks: list[Chunk], rank: int) -> dict[str, list[Chunk]]:
+def _fill_files(chunks: list[Chunk], rank: int, max_file_bytes: int) -> dict[str, list[Chunk]]:
     files: dict[str, list[Chunk]] = {}
     room = 0
     for chunk in chunks:
         if not files or chunk.stored_bytes > room:
             files[f"r{rank:05d}-p{len(files):03d}.safetensors"] = []
-            room = MAX_FILE_BYTES - _FRAME_BYTES
+            room = max_file_bytes - _FRAME_BYTES
         files[next(reversed(files))].append(chunk)
         room -= chunk.stored_bytes
     return files

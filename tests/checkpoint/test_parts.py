@@ -165,6 +165,17 @@ def test_every_element_is_stored_once_in_files_within_their_bound(seed: int, mon
     assert plan_part(dict(reversed(tensors.items())), num_ranks) == plan, "the order of a dict makes no difference"
 
 
+def test_plan_for_a_thousand_ranks_is_made_once() -> None:
+    """Whatever the tensors hold; another number of writers, or a moment that is zero, is another plan."""
+    tensors = {str(n): torch.zeros(7 + n % 5, 3) for n in range(3000)}
+    plan = plan_part(tensors, 1024)
+    assert_even(plan)
+    assert plan_part({name: tensor + 1 for name, tensor in tensors.items()}, 1024) is plan
+    assert plan_part(tensors, 1023) != plan
+    fewer = plan_part({n: t for n, t in tensors.items() if n != "5"}, 1024, {"5": tensors["5"]})
+    assert json.loads(fewer.index)["zeros"] == {"5": {"dtype": "float32", "shape": [7, 3]}}
+
+
 def assert_even(plan: layout.PartPlan) -> None:
     """No two ranks differ by more than the largest chunk."""
     chunks = [[c.stored_bytes for inside in files.values() for c in inside] for files in plan.files]
