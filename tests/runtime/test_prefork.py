@@ -61,6 +61,13 @@ def start(key: str, target: Any, *args: Any) -> tuple[prefork.Child, Connection]
     return prefork.spawn(key, ["json"], theirs, f"{__name__}:{target.__name__}", *args), ours
 
 
+def test_server_does_not_hold_the_pipes_of_the_command_that_started_it(key: str) -> None:
+    """`launch ... | tee log` ends with launch. A file is kept: it says why a later fork failed."""
+    code = f"from relora_ray.runtime import prefork; prefork.warm({key!r}, ['json'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=prefork.IDLE_S / 2, check=True)
+    assert done.stderr == b""
+
+
 def test_process_begins_with_imports_and_the_agents_environment(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prefork.warm(key, ["json"])
     parents = set()
