@@ -101,6 +101,8 @@ def place(name: str, url: str, options: Options, *, retry_s: float | None = None
     is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) or not url.strip()
     if is_url and (problem := location_problem(url)):
         raise ConfigError(f"{name}={shown(url)} {problem}")
+    if not is_url and os.path.isfile(os.path.expanduser(url)):
+        raise ConfigError(f"{name}={shown(url)} is a file. Give the folder that it is in.")
     return Storage(url if is_url else _real(url), options, retry_s=RETRY_S if retry_s is None else retry_s)
 
 

@@ -272,7 +272,7 @@ launch {sweep_of_nothing}                      | sweep.space
 launch {sweep_of_unknown}                      | optimizer.rate
 launch {sweep_list}                            | sweep
 status {missing}                               | is not a run
-status {file}                                  | Not a directory
+status {file}                                  | is a file. Give the folder
 status {empty}                                 | is not a run
 status {full}                                  | is not a run
 status                                         | the following arguments are required: RUN
@@ -288,7 +288,7 @@ status s3://key:secret@bucket/run              | must not carry credentials in i
 status {no_such_bucket}                        | The specified bucket does not exist
 status {wrong_keys}                            | PermissionError
 report {missing}                               | is not a run
-report {file}                                  | Not a directory
+report {file}                                  | is a file. Give the folder
 report {run_without_config}                    | config.yaml
 report {run_with_config_cut}                   | somebody has changed it
 report {no_such_bucket}                        | The specified bucket does not exist
@@ -302,7 +302,7 @@ report {run} --dollars-per-hour nan            | argument --dollars-per-hour: 'n
 report                                         | the following arguments are required: RUN
 export {missing} {tmp}/out                     | is not a run
 export {run} {run}/model                       | is not empty: README.md is there
-export {run} {file}                            | Not a directory
+export {run} {file}                            | is a file. Give the folder
 export {run} {file}/out                        | Not a directory
 export {run} /proc/nowhere                     | cannot write /proc/nowhere
 export {run} foo://x/y                         | is of scheme foo:, where objects cannot be kept
@@ -325,7 +325,7 @@ checkpoints prune {run} --keep-last 0          | argument --keep-last: '0' is no
 checkpoints prune {run} --keep-last 1 --keep-every-steps -2 | '-2' is not a whole number of 0 or more
 checkpoints prune {missing} --keep-last 1 --yes | is not a run
 checkpoints copy {run} {full}                  | is not empty
-checkpoints copy {run} {file}                  | Not a directory
+checkpoints copy {run} {file}                  | is a file. Give the folder
 checkpoints copy {run} {tmp}/a#b/c             | has a #
 checkpoints copy {missing} {tmp}/copy          | is not a run
 checkpoints own {empty}                        | is not a run

@@ -72,10 +72,10 @@ logger = logging.getLogger(__name__)
 
 def list_lines(run: Storage) -> Iterator[str]:
     """One line per checkpoint, oldest first; a base is counted where it was written, and the best is marked."""
+    found = [_read_at(run, step) for step in _steps(run)]  # if it can be read, there is something to head
     heading = "      step        tokens  boundary  world        base       delta  attempt        written (UTC)"
     yield f"{heading:<110}  held-out"
     seen: set[str] = set()
-    found = [_read_at(run, step) for step in _steps(run)]
     best = best_of([manifest for _, manifest in found if isinstance(manifest, Manifest)])
     for step, manifest in found:
         if isinstance(manifest, DamagedError):
