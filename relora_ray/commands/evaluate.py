@@ -183,7 +183,7 @@ def _perplexities(
     options: dict[str, Any],
     firsts: dict[str, Evaluation],
 ) -> None:
-    from relora_ray.evaluation.perplexity import difference, evaluate_rows
+    from relora_ray.evaluation.perplexity import difference, evaluate_rows, why_apart
     from relora_ray.runs.evaluations import perplexity_text
 
     if args.asked and not args.data:
@@ -202,6 +202,10 @@ def _perplexities(
         first = firsts.setdefault(rows.name, record)
         if first is not record and (found := difference(first, record)) is not None:
             print(f"    {found[0]:+.4f} +- {found[1]:.4f} to the first model, row by row")
+        elif why := why_apart(first, record):
+            print(
+                f"    note: not compared with the first model: {why}. --rows, --seq-len and --precision say it for all"
+            )
         _say_if_not_stored(why_not)
 
 

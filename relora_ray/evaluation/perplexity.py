@@ -94,15 +94,21 @@ def summary(losses: Sequence[float], seq_len: int) -> dict[str, Any]:
 
 def difference(first: Evaluation, other: Evaluation) -> tuple[float, float] | None:
     """How much more `other` loses per token than `first`, and the standard error of that, from the differences of the
-    same rows; None if they are not of the same rows, or those were not stored."""
-    same = ("data_fingerprint", "split", "rows", "seq_len")
-    if any(first["settings"].get(key) != other["settings"].get(key) for key in same):
+    same rows; None if `why_apart` says why not, or they were not stored."""
+    if why_apart(first, other):
         return None
     ours, theirs = (r["result"].get("row_losses") for r in (first, other))
     if not ours or not theirs or len(ours) != len(theirs) or len(ours) < 2 or None in (*ours, *theirs):
         return None
     each = [theirs - ours for ours, theirs in zip(ours, theirs, strict=True)]
     return fmean(each), stdev(each) / math.sqrt(len(each))
+
+
+def why_apart(first: Evaluation, other: Evaluation) -> str:
+    """In what two evaluations differ, so that their losses are not of the same rows in the same arithmetic; or ""."""
+    keys = ("data_fingerprint", "split", "rows", "seq_len", "precision")
+    pairs = ((key, first["settings"].get(key), other["settings"].get(key)) for key in keys)
+    return ", ".join(f"{key}={theirs} and not {ours}" for key, ours, theirs in pairs if ours != theirs)
 
 
 @torch.no_grad()

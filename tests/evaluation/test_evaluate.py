@@ -350,3 +350,21 @@ def test_fine_tunings_are_ray_tasks(place: str, glue: str, call: Call) -> None:
     for task, result in here.items():
         assert on_ray[task]["scores"] == pytest.approx(result["scores"])
         assert on_ray[task]["last_loss"] == pytest.approx(result["last_loss"], rel=1e-4)
+
+
+def test_models_on_other_rows_or_in_other_arithmetic_are_not_compared_and_it_is_said(
+    call: Call, place: str, data: Path, tmp_path: Path
+) -> None:
+    cfg = tiny_config(data, tmp_path / "other", "data.seq_len=16")
+    run(cfg)
+    code, out, err = call(place, run_storage(cfg).url)
+    assert code == 0, err
+    assert "note: not compared with the first model: seq_len=16 and not 24." in out
+    shutil.rmtree(tmp_path / "other")
+    cfg = tiny_config(data, tmp_path / "other", "train.precision=bf16")
+    run(cfg)
+    _, out, _ = call(place, run_storage(cfg).url)
+    assert "precision=bf16 and not fp32" in out
+    _, out, _ = call(place, run_storage(cfg).url, "--precision", "fp32")
+    assert "to the first model, row by row" in out
+    assert "not compared" not in out
