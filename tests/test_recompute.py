@@ -41,6 +41,7 @@ def plain_train(cfg: RunConfig) -> TrainConfig:
     return cfg.train.model_copy(update={"recompute": False})
 
 
+@pytest.mark.slow
 def test_two_ranks_are_the_same_bits(data: Path, tmp_path: Path) -> None:
     configs = [tiny_config(data, tmp_path, f"name=r{again}", f"train.recompute={again}") for again in ("false", "true")]
     for cfg in configs:

@@ -40,6 +40,7 @@ def test_measures_of_a_matrix_of_known_rank() -> None:
     assert (same.rank, same.effective_rank, same.rank_90) == (0, 0.0, 0)
 
 
+@pytest.mark.slow
 def test_rank_grows_beyond_r_with_every_merge_and_is_at_most_k_times_r(data: Path, tmp_path: Path) -> None:
     """The claim that the method is named for. Full-rank training has no such bound, LoRA never exceeds r."""
     cfg = tiny_config(data, tmp_path, method=RELORA)

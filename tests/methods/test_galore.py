@@ -215,6 +215,7 @@ def shared() -> dict[str, list[torch.Tensor]]:
     return World.current().shared(works)
 
 
+@pytest.mark.slow
 def test_all_that_a_work_can_give_comes_to_every_rank() -> None:
     alone = shared()
     assert alone["turned"][0].tolist() == [[0, 3], [1, 4], [2, 5]]

@@ -115,6 +115,7 @@ def test_training_is_the_same_to_the_bit(data: Path, tmp_path: Path, monkeypatch
     assert state_digest(measured) == state_digest(unmeasured)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_and_say_the_same(data: Path, tmp_path: Path) -> None:
     one, two = (tiny_config(data, tmp_path, f"name={name}") for name in ("one", "two"))
     run(one)

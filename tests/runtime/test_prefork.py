@@ -203,6 +203,7 @@ def test_agents_that_come_at_once_share_one_server(key: str) -> None:
         assert len(set(pool.map(parent, [key] * 8))) == 1
 
 
+@pytest.mark.slow
 def test_server_that_hangs_is_replaced_and_ended(key: str) -> None:
     server = parent(key)
     os.kill(server, signal.SIGSTOP)
@@ -212,6 +213,7 @@ def test_server_that_hangs_is_replaced_and_ended(key: str) -> None:
     assert gone(server)
 
 
+@pytest.mark.slow
 def test_processes_of_a_server_that_hangs_go_on_and_their_agents_wait_for_no_answer(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +279,7 @@ def test_server_that_imports_for_long_does_not_count_as_hanging(
     os.kill(server, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_server_that_hangs_at_its_start_is_given_up_after_start_s(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
