@@ -224,6 +224,10 @@ def test_seconds_and_dollars_of_a_fork_go_on_from_its_parents(data: Path, tmp_pa
     assert facts.dollars == pytest.approx((alone.dollars or 0.0) + (before.dollars or 0.0))
     assert facts.goodput == alone.goodput
     assert "its seconds and dollars are not counted" in "\n".join(contents("one", [alone]).lead)
+    run_storage(cfg).sibling("warm").put("fork.json", b'{"parent": "point", "step": 0}')  # by somebody: they go round
+    round_and_round = read_log(run_storage(cfg)).parent
+    assert round_and_round is not None
+    assert round_and_round.parent is None
 
 
 def test_odd_runs_break_nothing(log: RunLog) -> None:

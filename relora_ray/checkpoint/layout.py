@@ -111,9 +111,8 @@ def _cut(name: str, shape: tuple[int, ...], itemsize: int, max_file_bytes: int) 
     room = max_file_bytes - _FRAME_BYTES
     if whole.stored_bytes <= room:
         return [whole]
-    room -= (
-        chunk(shape, shape).stored_bytes - math.prod(shape) * itemsize
-    )  # less the longest entry: none has larger numbers
+    # Less the longest entry: none has larger numbers.
+    room -= chunk(shape, shape).stored_bytes - math.prod(shape) * itemsize
     assert room >= itemsize, "a file has room for one element and its name"
     return [chunk(*box) for box in boxes(shape, room // itemsize)]
 

@@ -66,9 +66,10 @@ class RunLog:
         return metrics.latest(self.kinds.get(kind, []))
 
 
-def read_log(storage: Storage) -> RunLog:
-    """Reads the whole log, once. ConfigError if there is no run; DamagedError or CheckpointError where what the run is
-    cannot be read. Records that somebody has changed are left out."""
+def read_log(storage: Storage, children: tuple[str, ...] = ()) -> RunLog:
+    """Reads the whole log, once, and its parent's. ConfigError if there is no run; DamagedError or CheckpointError
+    where what the run is cannot be read. Records that somebody has changed are left out. `children`: URLs of forks of this
+    run that it is read for: what storage says of parents may go round."""
     history = read_history(storage)
     cfg = find_setting(storage, history).config()
     attempts = [
@@ -81,15 +82,17 @@ def read_log(storage: Storage) -> RunLog:
         restarts=metrics.read_pages(storage, "restarts"),
         rollbacks=read_rollbacks(storage, history),
         origin=(origin := read_origin(storage)),
-        parent=None if origin is None else _parents(storage.sibling(origin.parent)),
+        parent=None if origin is None else _parents(storage.sibling(origin.parent), (*children, storage.url)),
         has_model=storage.exists(f"{MODEL}/config.json"),
         evaluations=list(read_evaluations(storage)),
     )
 
 
-def _parents(storage: Storage) -> RunLog | None:
+def _parents(storage: Storage, children: tuple[str, ...]) -> RunLog | None:
+    if storage.url in children:
+        return None
     try:
-        return read_log(storage)
+        return read_log(storage, children)
     except (ConfigError, CheckpointError):  # deleted, or copied without it
         return None
 
