@@ -179,7 +179,7 @@ def _prepare_sweep(args: argparse.Namespace, at_the_end: ExitStack) -> Prepared:
     at = server.begin()
     is_own = own_ray.is_wanted() and not args.dry_run
     ray_here = at_the_end.enter_context(own_ray.OwnRay.to_train(sweep.cluster)) if is_own else None
-    from relora_ray.runtime.sweep import check_sweep, first_run, run_sweep
+    from relora_ray.runtime.sweep import check_sweep, run_sweep
     from relora_ray.study.plots import pyplot
     from relora_ray.sweep.report import page, write_up
 
@@ -197,7 +197,7 @@ def _prepare_sweep(args: argparse.Namespace, at_the_end: ExitStack) -> Prepared:
         show(f"written to {folder.url}: README.md, table.csv, best.yaml and pictures")
         return 1 if any(point.state == "failed" for point in points) else 0
 
-    return first_run(sweep), train
+    return sweep.first_run, train
 
 
 def _dry_run(cfg: RunConfig) -> int:

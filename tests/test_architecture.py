@@ -28,7 +28,7 @@ from relora_ray.runs.places import run_storage
 from relora_ray.runs.run import load_trained
 from relora_ray.runs.setting import check_run, find_setting
 from relora_ray.runtime.preflight import preflight
-from relora_ray.runtime.sweep import _decisive, _goes_by_place, _refuse_another, check_sweep, first_run
+from relora_ray.runtime.sweep import _decisive, _goes_by_place, _refuse_another, check_sweep
 from relora_ray.storage import Storage
 from relora_ray.study import ablations
 from relora_ray.study.spectrum import run_spectrum
@@ -284,16 +284,14 @@ def test_sweep_is_of_one_architecture(hf: RunConfig, folder: Path, data: Path, t
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(raw))
     sweep, place = check_sweep(load_sweep(str(tmp_path / "s.yaml")))
     fingerprint = read_architecture(str(folder)).fingerprint
-    assert first_run(sweep).model.fingerprint == fingerprint
+    assert sweep.first_run.model.fingerprint == fingerprint
     assert _decisive(sweep)["identity"]["model.fingerprint"] == fingerprint
     # One that a version began which went by the place is gone on with as it is.
-    by_place = _decisive(
-        load_sweep(str(tmp_path / "s.yaml"), [f"data.fingerprint={first_run(sweep).data.fingerprint}"])
-    )
+    by_place = _decisive(load_sweep(str(tmp_path / "s.yaml"), [f"data.fingerprint={sweep.first_run.data.fingerprint}"]))
     place.put("sweep.yaml", yaml.safe_dump(by_place | {"began": 1.0}, sort_keys=False).encode())
     assert _goes_by_place(place)
     again, _ = check_sweep(load_sweep(str(tmp_path / "s.yaml")))
-    assert first_run(again).model.fingerprint == ""
+    assert again.first_run.model.fingerprint == ""
     assert _refuse_another(place, again) == 1.0
 
 

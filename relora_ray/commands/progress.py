@@ -186,8 +186,7 @@ class SweepProgress:
     def __init__(self, sweep: Sweep, out: TextIO, *, says_waits: bool = True) -> None:
         self._sweep, self._out = sweep, out
         self._runs: dict[str, Progress] = {}
-        first = sweep.config(0, sweep.possible_points[0], sweep.spec.seeds[0])
-        self._start = Progress(first, out, says_waits=says_waits)
+        self._start = Progress(sweep.first_run, out, says_waits=says_waits)
 
     def waits_for(self, what: str) -> None:
         self._start.waits_for(what)

@@ -157,10 +157,10 @@ def _goes_by_place(folder: Storage) -> bool:
 def _refuse_impossible_forks(sweep: Sweep) -> None:
     if sweep.spec.population is None:
         return
-    if fixed := fixed_keys(first_run(sweep), sweep.spec.space):
+    if fixed := fixed_keys(sweep.first_run, sweep.spec.space):
         raise ConfigError(
             f"sweep.population forks points with other settings, and no fork may change {', '.join(fixed)}. Remove "
-            f"that from sweep.space, or sweep.population. A fork may change {', '.join(may_differ(first_run(sweep)))}."
+            f"that from sweep.space, or sweep.population. A fork may change {', '.join(may_differ(sweep.first_run))}."
         )
     for number, settings in enumerate(sweep.possible_points):
         cfg = sweep.config(number, settings, sweep.spec.seeds[0])
@@ -176,7 +176,7 @@ def _refuse_impossible_forks(sweep: Sweep) -> None:
 def run_sweep(sweep: Sweep, *, on_event: Told, own_ray: OwnRay | None = None, server: str = "") -> list[Point]:
     """Train all points of a checked sweep that are not trained yet; all records, by number. Raises ReloraError.
     `own_ray` and `server` as for a run; see driver.py."""
-    first = first_run(sweep)
+    first = sweep.first_run
     folder = sweep_storage(first)
     driver.refuse_dead_cluster()
     on_event("", waiting_event("the sweep's folder, and Ray"))
@@ -219,18 +219,13 @@ def sweep_storage(run: RunConfig) -> Storage:
     return Storage(run.storage, run.storage_options, retry_s=run.storage_retry_s)
 
 
-def first_run(sweep: Sweep) -> RunConfig:
-    """One of its runs: they need the same machines, data and storage."""
-    return sweep.config(0, sweep.possible_points[0], sweep.spec.seeds[0])
-
-
 _OPERATIONAL = ("trials", "concurrent", "max_tokens", "max_hours", "max_gpu_hours")
 """Settings that decide no result; of a population `trials` does, as its points are numbered by it."""
 
 
 def _decisive(sweep: Sweep) -> dict[str, Any]:
     """All that decides a sweep's results."""
-    first, spec = first_run(sweep), sweep.spec
+    first, spec = sweep.first_run, sweep.spec
     exclude = set(_OPERATIONAL) - ({"trials"} if spec.population else set())
     mine = {
         "sweep": spec.model_dump(mode="json", exclude=exclude),
@@ -305,7 +300,7 @@ class _Trainer:
         """Bring a point from rung to rung, up to rung number `until`: yields the rung's number and the loss there, when
         the record is stored. What it has come to before is given from the record."""
         sweep = self._sweep
-        folder = sweep_storage(first_run(sweep))
+        folder = sweep_storage(sweep.first_run)
         point = read_point(folder, number)
         if point.state == "failed":
             point.state, point.why = "begun", ""

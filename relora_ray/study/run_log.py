@@ -68,8 +68,9 @@ class RunLog:
 
 def read_log(storage: Storage, children: tuple[str, ...] = ()) -> RunLog:
     """Reads the whole log, once, and its parent's. ConfigError if there is no run; DamagedError or CheckpointError
-    where what the run is cannot be read. Records that somebody has changed are left out. `children`: URLs of forks of this
-    run that it is read for: what storage says of parents may go round."""
+    where what the run is cannot be read. Records that somebody has changed are left out.
+
+    `children`: URLs of forks of this run that it is read for: what storage says of parents may go round."""
     history = read_history(storage)
     cfg = find_setting(storage, history).config()
     attempts = [

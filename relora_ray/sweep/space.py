@@ -208,9 +208,14 @@ class Sweep:
         return [(number, self.rungs[number - 1]) for number in sorted(numbers)]
 
     @property
+    def first_run(self) -> RunConfig:
+        """One of its runs: they need the same machines, data and storage."""
+        return self.config(0, self.possible_points[0], self.spec.seeds[0])
+
+    @property
     def cluster(self) -> ClusterConfig:
         """A run's, with the workers of as many points as are trained at a time."""
-        run = self.config(0, self.possible_points[0], self.spec.seeds[0]).cluster
+        run = self.first_run.cluster
         return run.model_copy(update={"workers": run.workers * self.spec.concurrent})
 
     def plan(self) -> Iterator[str]:
